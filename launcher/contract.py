@@ -1,0 +1,268 @@
+"""The contract between launcher and container: folders, variables, files, exit codes. Standard library only.
+
+    <root>/input/data/<channel>/      read-only       <root>/input/config/job.json
+    <root>/input/control/stop                         <root>/checkpoints/<step>/
+    <root>/model/                                     <root>/output/
+
+`<root>` is /opt/ml in a container, which are SageMaker's paths, because its can't be moved.
+In the output store the run's folder `<output>/<run_id>/` has the same tree, plus `started.json`, `owner`,
+`heartbeat`, `control/` and, while the run is going on, `segments/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "CONTRACT",
+    "CONTRACTS_ACCEPTED",
+    "DEFAULT_ROOT",
+    "EXIT_BAD_CONFIG",
+    "EXIT_CANCELLED",
+    "EXIT_DONE",
+    "EXIT_PREEMPTED",
+    "Channel",
+    "Code",
+    "JobFile",
+    "Layout",
+    "canonical_json",
+    "channel_variable",
+    "check_checkpoint",
+    "complete_checkpoint",
+    "newest_checkpoint",
+    "sha256_file",
+    "write_json",
+]
+
+CONTRACT = 1
+CONTRACTS_ACCEPTED = (1,)
+"""A runner accepts its own version and the one before."""
+
+DEFAULT_ROOT = "/opt/ml"
+
+EXIT_DONE = 0
+EXIT_BAD_CONFIG = 64
+"""sysexits.h EX_USAGE: restarting can't help."""
+EXIT_PREEMPTED = 75
+"""sysexits.h EX_TEMPFAIL: stopped with a complete checkpoint; start me again."""
+EXIT_CANCELLED = 143
+
+# Files of the run's folder in the output store, relative to <output>/<run_id>/.
+STARTED = "started.json"
+OWNER = "owner"
+HEARTBEAT = "heartbeat"
+CANCEL = "control/cancel"
+WATCH = "control/watch"
+RESULT = "output/result.json"
+METRICS = "output/metrics.jsonl"
+ENVIRONMENT = "output/environment.json"
+LOGS = "output/logs"
+SEGMENTS = "segments"
+JOB = "input/config/job.json"
+CODE = "input/code.tar.gz"
+
+OUTPUT_FOLDERS = ("checkpoints", "model", "output")
+WEIGHTS_CHANNEL = "weights"
+"""Reserved channel: weights to start from, for machines without network and for `train.init`."""
+
+MANIFEST = ".cvlaunch-manifest.json"
+COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things stand below one root. Every member is an absolute path."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / JOB
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "input/control/stop"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "output"
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / METRICS
+
+    @property
+    def exit(self) -> Path:
+        """`{"code": 75, "reason": "..."}`, left by rank 0 through a rename; preferred to a process's own code."""
+        return self.output / "exit.json"
+
+    @property
+    def failure(self) -> Path:
+        """Plain text, at most 1024 characters: why the job failed (SageMaker shows it)."""
+        return self.output / "failure"
+
+    def channel(self, name: str) -> Path:
+        return self.root / "input/data" / name
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Layout:
+        """The layout of the running job: `$CVLAUNCH_ROOT`, or /opt/ml."""
+        environ = os.environ if environ is None else environ
+        return cls(Path(environ.get("CVLAUNCH_ROOT", DEFAULT_ROOT)))
+
+
+def channel_variable(channel: str) -> str:
+    """`CVLAUNCH_DATA_<CHANNEL>`: upper case, everything but letters and digits as `_`."""
+    return "CVLAUNCH_DATA_" + "".join(c if c.isalnum() else "_" for c in channel).upper()
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One input folder.
+
+    access: `path` (already a folder of this machine: `uri` is file://), `mounted` (the platform put it at
+    `<root>/input/data/<name>`), `staged` (the runner copies it from the store at `uri`).
+    fingerprint: SHA-256 of the manifest's lines, None if the data has no manifest. files, size: count and bytes.
+    """
+
+    name: str
+    uri: str
+    access: str = "staged"
+    fingerprint: str | None = None
+    files: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """The user's code archive: a .tar.gz at `CODE` in the run's folder of the output store."""
+
+    sha256: str
+    size: int
+    requirements: str | None = None
+    commit: str | None = None
+    dirty: bool = False
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """job.json: all that the runner knows. Exactly one of `command` and `train` is given.
+
+    movers: folder of `OUTPUT_FOLDERS` → `in_place` (root is the output), `runner` (uploads), `platform`.
+    timeout_s bounds the running time of all attempts together; grace_s is the time between TERM and KILL.
+    """
+
+    run_id: str
+    name: str
+    job_digest: str
+    output: str
+    command: tuple[str, ...] | None = None
+    train: Mapping[str, Any] | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    channels: tuple[Channel, ...] = ()
+    code: Code | None = None
+    nodes: int = 1
+    gpus: int = 0
+    processes: int = 1
+    movers: Mapping[str, str] = field(default_factory=dict)
+    retries: int = 0
+    max_attempts: int = 20
+    timeout_s: float | None = None
+    grace_s: float = 120.0
+    tags: Mapping[str, str] = field(default_factory=dict)
+    storage: Mapping[str, str] = field(default_factory=dict)
+    cvlaunch: str = ""
+    contract: int = CONTRACT
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(dataclasses.asdict(self)) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> JobFile:
+        """Reads any accepted version; keys of newer minor changes are ignored. ValueError if it can't be read."""
+        raw = json.loads(data)
+        if not isinstance(raw, dict) or raw.get("contract") not in CONTRACTS_ACCEPTED:
+            found = raw.get("contract") if isinstance(raw, dict) else type(raw).__name__
+            accepted = ", ".join(map(str, CONTRACTS_ACCEPTED))
+            raise ValueError(f"contract version {found}, this runner takes {accepted}: rebuild the image")
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in raw.items() if k in known}
+        values["channels"] = tuple(Channel(**c) for c in values.get("channels") or ())
+        values["command"] = tuple(values["command"]) if values.get("command") else None
+        values["code"] = Code(**values["code"]) if values.get("code") else None
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"job.json: {error}") from error
+
+
+def canonical_json(value: object) -> bytes:
+    """Sorted keys, no white space, UTF-8, no NaN: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes by rename, so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
+
+
+def complete_checkpoint(folder: Path, **extra: object) -> None:
+    """Ends a checkpoint: writes `complete.json` with size and SHA-256 of each file. Without it, it does not exist.
+
+    extra: JSON values kept beside the files, such as step, epoch and metric.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != COMPLETE and not path.name.endswith(".part")
+    }
+    write_json(folder / COMPLETE, {"files": files, **extra})
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The content of `complete.json` if every file is there and has its recorded hash, else None."""
+    try:
+        complete: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
+        for name, facts in complete["files"].items():
+            path = folder / name
+            if path.stat().st_size != facts["size"] or sha256_file(path) != facts["sha256"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return complete
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The folder with the highest step that checks; damaged and unfinished ones are passed over."""
+    if not checkpoints.is_dir():
+        return None
+    steps = sorted((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+    return next((p for p in steps if check_checkpoint(p) is not None), None)

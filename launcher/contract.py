@@ -194,8 +194,11 @@ class JobFile:
     cvlaunch: str = ""
     contract: int = CONTRACT
 
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
     def to_bytes(self) -> bytes:
-        return canonical_json(dataclasses.asdict(self)) + b"\n"
+        return canonical_json(self.to_json()) + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> JobFile:

@@ -225,7 +225,7 @@ class Metrics:
 
 
 class Reader:
-    """Follows a growing file: `feed` it what was appended, in pieces of any size; get the points that became complete."""
+    """Follows a growing file: `feed` it what was appended, in pieces of any size, and get the points now complete."""
 
     def __init__(self) -> None:
         self._rest = b""

@@ -1,0 +1,312 @@
+"""What a backend is: types that pass between resolve, plan, submit and watch.
+
+A backend module holds tables (words → State, errors → ours, features, rules) and few short methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+
+from launcher.contract import Channel, Code, JobFile
+from launcher.errors import SpecError
+from launcher.spec import JobSpec, Model
+from launcher.status import Status
+from launcher.stores import Store, StorageOptions
+
+__all__ = [
+    "Backend",
+    "BaseTarget",
+    "ContainerRules",
+    "Feature",
+    "Handle",
+    "Image",
+    "Job",
+    "LogLine",
+    "Notify",
+    "Output",
+    "Plan",
+    "Problem",
+    "Storage",
+    "Support",
+    "Transport",
+    "features_missing",
+    "native_name",
+]
+
+
+class Storage(Model):
+    """How the object stores of a target are reached; keys and passwords don't belong here."""
+
+    endpoint: str | None = Field(None, description="S3 endpoint of OVH, MinIO, Ceph, ODF: https://s3.gra.io.cloud.ovh.net")
+    region: str | None = None
+    profile: str | None = Field(None, description="AWS profile of this machine, SSO included")
+    ca_bundle: str | None = Field(None, description="certificates of a private authority (PEM)")
+
+    @property
+    def options(self) -> StorageOptions:
+        return StorageOptions.from_mapping({k: v for k, v in self.model_dump().items() if v is not None})
+
+
+class Notify(Model):
+    """Tells somebody when a watched run ends."""
+
+    command: tuple[str, ...] | None = Field(None, min_length=1, description="run with the end as JSON on its input")
+    webhook: str | None = Field(None, pattern=r"^https?://", description="gets the end as a JSON POST")
+
+
+class BaseTarget(Model):
+    """A place to run jobs: the keys that every backend knows."""
+
+    backend: str
+    output: str | None = Field(None, description="where runs are kept: a folder or s3://bucket/prefix")
+    storage: Storage = Storage()
+    notify: Notify = Notify()
+    templates: str | None = Field(None, description="folder with <backend>/<template>, looked in before ours")
+    overlay: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="changes to the rendered text: a JSON merge patch (mapping) or a JSON patch (list)"
+    )
+
+
+class Feature(StrEnum):
+    """What a job may ask for and a backend may lack."""
+
+    GPUS = "gpus"
+    MULTI_NODE = "multi-node"
+    SHM = "shm"
+    SPOT = "spot"
+    RESTART = "restart"
+    MAX_WAIT = "max_wait"
+    SECRETS_CLIENT = "secrets from this machine (env:, file:)"
+    SECRETS_STORE = "secrets from a store (store:)"
+    CONTAINER = "container image"
+    FOLLOW_LOGS = "follow logs"
+    EXEC = "exec"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend has a feature; without it, `reason` says why and what to do instead."""
+
+    supported: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that `check` found: what, and the way out. fatal: the job would not be accepted."""
+
+    thing: str
+    message: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.thing}: {self.message}"
+
+
+@dataclass(frozen=True)
+class ContainerRules:
+    """What the platform does to a container; read by rehearsal and by the test worlds. Sizes in bytes, times in seconds.
+
+    uid: None is the caller's, `random` a high one. shm: None is the host's. grace_s: None is what the job asks for.
+    """
+
+    uid: int | Literal["random"] | None = None
+    gid: int | None = None
+    root: str = "/opt/ml"
+    read_only_root: bool = False
+    shm: int | None = None
+    grace_s: float | None = None
+    network: bool = True
+    container: bool = True
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Who moves what: one writer for each folder.
+
+    channels: access of each channel (contract.Channel.access) by the scheme of its URI.
+    movers: folder → in_place, runner or platform (contract.JobFile.movers).
+    """
+
+    channels: Mapping[str, str]
+    movers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A container image. config_digest is the same before and after a push; None if unknown."""
+
+    reference: str
+    digest: str | None = None
+    config_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved job: complete and frozen. All I/O is behind it.
+
+    output: base URI; the run's folder is `<output>/<run_id>`. unpinned: what the digest can't vouch for.
+    shm, disk: bytes. code_archive: path of the archive on this machine.
+    """
+
+    spec: JobSpec
+    target_name: str
+    target: BaseTarget
+    output: str
+    channels: tuple[Channel, ...]
+    image: Image | None
+    code: Code | None
+    code_archive: str | None
+    train: Mapping[str, Any] | None
+    command: tuple[str, ...] | None
+    digest: str
+    shm: int | None
+    disk: int
+    unpinned: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place where results appear: `uri` holds a tree, or is a tar to unpack, into folder `into` of the run."""
+
+    uri: str
+    form: Literal["tree", "tar"] = "tree"
+    into: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The job in the platform's own form. `text` is what is sent, nothing added or removed.
+
+    files: path in the run's folder → bytes, or the path of a file here; put in the output store before the call.
+    """
+
+    run_id: str
+    backend: str
+    text: str
+    files: Mapping[str, bytes | str]
+    job_digest: str
+    plan_sha: str
+    outputs: tuple[Output, ...]
+    unpinned: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Enough to ask again from another process on another day. Prints as `slurm://hpc/1234`."""
+
+    backend: str
+    target: str
+    native: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}://{self.target}/{self.native}"
+
+    @classmethod
+    def parse(cls, text: str) -> Handle:
+        backend, found, rest = text.partition("://")
+        target, slash, native = rest.partition("/")
+        if not (found and slash and backend and target and native):
+            raise SpecError(f"{text!r} is not a handle; a handle looks like slurm://hpc/1234")
+        return cls(backend, target, native)
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line. time: Unix seconds, None if unknown. rank: `-` is the runner itself. cursor: pass it as `since`."""
+
+    text: str
+    time: float | None = None
+    rank: str = "-"
+    node: int = 0
+    attempt: int = 1
+    cursor: str = ""
+
+
+class Backend(Protocol):
+    """One platform, bound to one target. Holds no state but its target.
+
+    `template` is looked for in `templates/<name>/`. `form` says how Plan.text is parsed: json, yaml or script.
+    `inline_job`: job.json travels in the text; otherwise in Plan.files.
+    `doubt_s`: how long a job that was sent may stay invisible to `find`.
+    """
+
+    name: ClassVar[str]
+    Target: ClassVar[type[BaseTarget]]
+    template: ClassVar[str]
+    form: ClassVar[Literal["json", "yaml", "script"]]
+    inline_job: ClassVar[bool]
+    doubt_s: ClassVar[float]
+    features: ClassVar[Mapping[Feature, Support]]
+    rules: ClassVar[ContainerRules]
+    transports: ClassVar[Mapping[str, Transport]]
+    """Scheme of the output (`*` for any other) → who moves what."""
+
+    def __init__(self, target: Any, target_name: str) -> None: ...
+
+    @property
+    def target(self) -> BaseTarget: ...
+
+    @property
+    def target_name(self) -> str: ...
+
+    def context(self, job: Job, run_id: str, job_file: JobFile) -> Mapping[str, object]:
+        """The template's variables; pure."""
+        ...
+
+    def check(self, job: Job) -> Iterator[Problem]:
+        """Would this job be accepted? Account, quota, image, data, room."""
+        ...
+
+    def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
+        """Sends the plan; adopts a job of the same name and plan_sha; ConflictError if the name is another's.
+
+        attempt: later ones go on from the checkpoints of the first (`native_name`).
+        """
+        ...
+
+    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str]) -> list[Handle]: ...
+
+    def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
+        """The jobs of these run ids that the platform knows."""
+        ...
+
+    def status(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        """Many in as few calls as the platform allows; a handle that is gone is UNKNOWN or LOST, never left out."""
+        ...
+
+    def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
+        """Oldest first. follow: until the job has ended. since: the cursor of the last line seen."""
+        ...
+
+    def cancel(self, handle: Handle) -> None:
+        """May be repeated, may be late."""
+        ...
+
+    def remove(self, handle: Handle) -> None:
+        """Deletes what the platform still holds of an ended job; nothing there is fine."""
+        ...
+
+    def store(self, uri: str) -> Store | None:
+        """A store for schemes that only this backend can reach (pvc://, ssh://), else None."""
+        ...
+
+
+def native_name(run_id: str, attempt: int = 1) -> str:
+    """The run id as it stands, `-2`, `-3` for later attempts: at most 40 + 3 characters, fits every platform."""
+    return run_id if attempt == 1 else f"{run_id}-{attempt}"
+
+
+def features_missing(backend: Backend, wanted: Iterable[Feature]) -> Iterator[tuple[Feature, str]]:
+    for feature in wanted:
+        support = backend.features.get(feature, Support(False, "not known to this backend"))
+        if not support.supported:
+            yield feature, support.reason

@@ -1,0 +1,82 @@
+"""The runner's log files, `output/logs/attempt-<A>.node-<N>.log`, read from any store while they grow.
+
+A line is `2026-11-21T23:19:31.123Z [0] text`; the tag is the rank, `-` the runner itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+from launcher.backends.base import LogLine
+from launcher.contract import LOGS, SEGMENTS
+from launcher.stores import Store
+from launcher.sync import Cursor, read_appended
+
+__all__ = ["follow_logs", "parse_line"]
+
+_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) \[(-|\d+)\] ?(.*)", re.DOTALL)
+_FILE = re.compile(rf"{LOGS}/attempt-(\d+)\.node-(\d+)\.log")
+
+
+def parse_line(text: str, *, attempt: int = 1, node: int = 0, cursor: str = "") -> LogLine:
+    """A line of another form is kept as it stands, without time."""
+    match = _LINE.fullmatch(text)
+    if not match:
+        return LogLine(text, attempt=attempt, node=node, cursor=cursor)
+    when = datetime.fromisoformat(match[1]).timestamp()
+    return LogLine(match[3], when, match[2], node, attempt, cursor)
+
+
+def follow_logs(
+    store: Store,
+    *,
+    ended: Callable[[], bool] | None = None,
+    since: str = "",
+    sleep: Callable[[float], None] = time.sleep,
+    every: float = 0.5,
+) -> Iterator[LogLine]:
+    """All lines there are; with `ended`, on until it is true and all has been read.
+
+    Lines of one node keep their order; lines of several nodes are not sorted by time, because clocks differ.
+    since: the cursor of a LogLine, to go on after it.
+    """
+    cursors = _cursors_from(since)
+    while True:
+        last = ended is None or ended()
+        for path, attempt, node in sorted(_files(store), key=lambda file: file[1:]):
+            yield from _new_lines(store, path, attempt, node, cursors)
+        if last:
+            return
+        sleep(every)
+
+
+def _files(store: Store) -> Iterator[tuple[str, int, int]]:
+    seen = set()
+    for prefix in (f"{LOGS}/", f"{SEGMENTS}/{LOGS}/"):
+        for entry in store.list(prefix):
+            match = _FILE.search(entry.path)
+            if match and match[0] not in seen:
+                seen.add(match[0])
+                yield match[0], int(match[1]), int(match[2])
+
+
+def _new_lines(store: Store, path: str, attempt: int, node: int, cursors: dict[str, Cursor]) -> Iterator[LogLine]:
+    data, cursor = read_appended(store, path, since=cursors.get(path, Cursor()))
+    if not data:
+        return
+    cursors[path] = cursor
+    where = _cursors_text(cursors)
+    for line in data.decode(errors="replace").splitlines():
+        yield parse_line(line, attempt=attempt, node=node, cursor=where)
+
+
+def _cursors_text(cursors: dict[str, Cursor]) -> str:
+    return json.dumps({path: cursor.to_text() for path, cursor in cursors.items()})
+
+
+def _cursors_from(text: str) -> dict[str, Cursor]:
+    return {path: Cursor.from_text(value) for path, value in json.loads(text).items()} if text else {}

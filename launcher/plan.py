@@ -1,0 +1,196 @@
+"""From a resolved job to the text that is sent. The one file that knows Jinja2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.backends.base import Backend, Job, Output, Plan, Transport
+from launcher.contract import CODE, JOB, JobFile
+from launcher.digest import text_digest
+from launcher.errors import SpecError, UnsupportedError
+from launcher.paths import templates_folder
+from launcher.stores import join_uri, scheme
+
+__all__ = ["eject_templates", "job_file", "load_template", "make_plan", "placeholders", "transport_of"]
+
+PLACEHOLDER = "REPLACE-ME"
+
+
+def load_template(backend: type[Backend], folder: str | None = None) -> str:
+    """The template's text: from `folder/<backend>/` where it is there, else ours."""
+    places = [Path(folder).expanduser()] if folder else []
+    for place in (*places, templates_folder()):
+        path = place / backend.name / backend.template
+        if path.is_file():
+            return path.read_text()
+    raise SpecError(f"no template {backend.name}/{backend.template} in {', '.join(map(str, places))} or the package")
+
+
+def eject_templates(backend: type[Backend], to: Path) -> Path:
+    """Copies our templates of one backend into `to/<backend>/`, to be changed there. ConflictError-free: refuses to overwrite."""
+    source, copy = templates_folder() / backend.name, to / backend.name
+    if copy.exists():
+        raise SpecError(f"{copy} is there already; remove it, or edit it as it is")
+    shutil.copytree(source, copy)
+    return copy
+
+
+def transport_of(backend: Backend | type[Backend], output: str) -> Transport:
+    """Who moves what, for this place of output."""
+    table = backend.transports
+    transport = table.get(scheme(output) or "file") or table.get("*")
+    if transport is None:
+        raise UnsupportedError(
+            f"the {backend.name} backend can't write to {output}; it knows {', '.join(sorted(table))}", key="output"
+        )
+    return transport
+
+
+def job_file(backend: Backend, job: Job, run_id: str) -> JobFile:
+    """job.json of this run."""
+    spec, resources = job.spec, job.spec.resources
+    return JobFile(
+        run_id=run_id,
+        name=spec.name,
+        job_digest=job.digest,
+        output=job.output,
+        command=job.command,
+        train=job.train,
+        env=spec.env,
+        secrets=spec.secrets,
+        channels=job.channels,
+        code=job.code,
+        nodes=resources.nodes,
+        gpus=resources.gpus,
+        processes=resources.processes_per_node,
+        movers=transport_of(backend, job.output).movers,
+        retries=spec.retries,
+        max_attempts=spec.max_attempts,
+        timeout_s=resources.timeout,
+        grace_s=resources.grace,
+        tags=spec.tags,
+        storage=job.target.storage.options.to_mapping(),
+        cvlaunch=job.version,
+    )
+
+
+def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan:
+    """Pure: the same arguments give the same bytes. template: the text from `load_template`."""
+    described = job_file(backend, job, run_id)
+    text = _render(template, backend.context(job, run_id, described), name=f"{backend.name}/{backend.template}")
+    text = _with_overlay(text, backend.form, job.target.overlay)
+    files: dict[str, bytes | str] = {} if backend.inline_job else {JOB: described.to_bytes()}
+    if job.code_archive:
+        files[CODE] = job.code_archive
+    missing = tuple(f"{place} is a placeholder" for place in placeholders(text))
+    return Plan(
+        run_id=run_id,
+        backend=backend.name,
+        text=text,
+        files=files,
+        job_digest=job.digest,
+        plan_sha=text_digest(text),
+        outputs=(Output(join_uri(job.output, run_id)),),
+        unpinned=job.unpinned,
+        warnings=(*job.warnings, *missing),
+    )
+
+
+def placeholders(text: str) -> list[str]:
+    """Values that stand for what only the user knows, marked with REPLACE-ME."""
+    return sorted(set(re.findall(rf"[^\s\"',]*{PLACEHOLDER}[^\s\"',]*", text)))
+
+
+class _Filtered(str):
+    """Text that has passed a filter and so can't break out of its place."""
+
+    __slots__ = ()
+
+
+def _tojson(value: object) -> _Filtered:
+    return _Filtered(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _sh(value: object) -> _Filtered:
+    return _Filtered(shlex.quote(str(value)))
+
+
+def _only_filtered(value: object) -> object:
+    if not isinstance(value, _Filtered):
+        raise SpecError(f"a template prints {value!r} without a filter; write {{{{ name | tojson }}}} or {{{{ name | sh }}}}")
+    return value
+
+
+def _render(template: str, context: Mapping[str, object], *, name: str) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 not HTML: `finalize` refuses what no filter has passed
+        undefined=jinja2.StrictUndefined,
+        finalize=_only_filtered,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        newline_sequence="\n",
+    )
+    environment.filters = {"tojson": _tojson, "sh": _sh}
+    try:
+        return environment.from_string(template).render(context)
+    except jinja2.TemplateSyntaxError as error:
+        raise SpecError(f"not a Jinja template: {error.message}", file=name, line=error.lineno) from error
+    except jinja2.TemplateError as error:
+        raise SpecError(f"the template can't be filled: {error}", file=name) from error
+
+
+def _with_overlay(text: str, form: str, overlay: Mapping[str, Any] | list[Any] | None) -> str:
+    if form == "script":
+        if overlay is not None:
+            raise UnsupportedError("a script has no overlay; use a template of your own", key="overlay")
+        return text
+    try:
+        content = json.loads(text) if form == "json" else list(yaml.safe_load_all(text))
+    except (ValueError, yaml.YAMLError) as error:
+        raise SpecError(f"the template did not give {form.upper()}: {error}", key="templates") from error
+    if form == "json":
+        return json.dumps(_patched(content, overlay), indent=2, ensure_ascii=False) + "\n"
+    patched = [_patched(content[0], overlay), *content[1:]]
+    return str(yaml.safe_dump_all(patched, sort_keys=False, allow_unicode=True, width=10**6))
+
+
+def _patched(content: Any, overlay: Mapping[str, Any] | list[Any] | None) -> Any:
+    if overlay is None:
+        return content
+    if isinstance(overlay, Mapping):
+        return _merge(content, overlay)
+    import jsonpatch
+
+    try:
+        return jsonpatch.apply_patch(content, overlay)
+    except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
+        raise SpecError(f"the JSON patch does not apply: {error}", key="overlay") from error
+
+
+def _merge(content: Any, patch: Any) -> Any:
+    """RFC 7396, JSON merge patch."""
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(content) if isinstance(content, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merge(merged.get(key), value)
+    return merged

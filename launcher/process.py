@@ -1,0 +1,110 @@
+"""Processes of this machine, told apart from others that later get the same number."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants"]
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """host: name of the machine. boot: its boot id. start: clock ticks since boot (proc(5), field 22)."""
+
+    host: str
+    boot: str
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> ProcessId:
+        pid = os.getpid() if pid is None else pid
+        return cls(socket.gethostname(), _boot_id(), pid, _start_ticks(pid) or 0)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ProcessId:
+        return cls(str(value["host"]), str(value["boot"]), int(value["pid"]), int(value["start"]))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def alive(self) -> bool:
+        """False for a process of an earlier boot, for a number that is another process by now, and for a zombie."""
+        return self.boot == _boot_id() and _start_ticks(self.pid) == self.start
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return ""
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None if Path("/proc/self/stat").exists() else _exists(pid)
+    fields = stat[stat.rindex(")") + 2 :].split()  # the name before may hold spaces and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _exists(pid: int) -> int | None:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return 0
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants' orphans (Linux), so that none escapes `kill_descendants`."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`, in other sessions too; not `pid` itself."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            text = stat.read_text()
+            parent = int(text[text.rindex(")") + 2 :].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def kill_descendants(pid: int) -> None:
+    """SIGKILL to all below `pid`, again until none is left (new ones may be born meanwhile)."""
+    for _ in range(20):
+        below = descendants(pid)
+        if not below:
+            return
+        for child in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass

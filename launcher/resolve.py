@@ -1,0 +1,246 @@
+"""From what the user wants to a complete, frozen Job. The only step before submit that does I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher import manifest, shm
+from launcher._version import __version__
+from launcher.backends.base import Feature, Image, Job, features_missing
+from launcher.code import build_archive
+from launcher.contract import WEIGHTS_CHANNEL, Channel, Code
+from launcher.dataset import check_channel
+from launcher.digest import job_digest
+from launcher.errors import SpecError, UnsupportedError, nearest
+from launcher.ledger import Ledger
+from launcher.plan import transport_of
+from launcher.spec import JobSpec
+from launcher.stores import file_uri, is_uri, join_uri, open_store, path_of, scheme
+from launcher.targets import Selected, Targets
+
+__all__ = ["resolve"]
+
+_RUN_URI = "run://"
+_TARGET_PATH = "target:"
+
+
+def resolve(
+    spec: JobSpec,
+    selected: Selected,
+    *,
+    folder: Path,
+    targets: Targets,
+    scratch: Path,
+    ledger: Ledger,
+    online: bool = True,
+) -> Job:
+    """folder: what relative paths of the job start from. scratch: gets the code archive.
+
+    online: read manifests from stores; otherwise what is not on this machine stays as written, with a warning.
+    """
+    _check_features(spec, selected)
+    output = _output(spec, selected)
+    resolver = _Resolver(selected, folder, targets, ledger, output, online)
+    places = dict(spec.data)
+    if spec.train and spec.train.init:
+        places[WEIGHTS_CHANNEL] = spec.train.init
+    channels = tuple(resolver.channel(name, place, spec) for name, place in sorted(places.items()))
+    code, archive = _code(spec, folder, scratch)
+    image = Image(spec.image) if spec.image and selected.backend.rules.container else None
+    train = _train(spec)
+    resources = spec.resources
+    return Job(
+        spec=spec,
+        target_name=selected.name,
+        target=selected.target,
+        output=output,
+        channels=channels,
+        image=image,
+        code=code,
+        code_archive=archive,
+        train=train,
+        command=spec.command,
+        digest=job_digest(
+            command=spec.command,
+            train=train,
+            env=spec.env,
+            secrets=spec.secrets,
+            channels=channels,
+            code=code,
+            image=image.config_digest if image else None,
+            nodes=resources.nodes,
+            gpus=resources.gpus,
+            processes=resources.processes_per_node,
+        ),
+        shm=shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm,
+        disk=_disk(spec, channels),
+        unpinned=tuple(_unpinned(channels, image, code)),
+        warnings=tuple(resolver.warnings),
+        version=__version__,
+    )
+
+
+def _check_features(spec: JobSpec, selected: Selected) -> None:
+    resources = spec.resources
+    wanted = {
+        Feature.GPUS: resources.gpus > 0,
+        Feature.MULTI_NODE: resources.nodes > 1,
+        Feature.SHM: resources.shm != "auto",
+        Feature.SPOT: resources.spot,
+        Feature.MAX_WAIT: resources.max_wait is not None,
+        Feature.SECRETS_CLIENT: any(not r.startswith("store:") for r in spec.secrets.values()),
+        Feature.SECRETS_STORE: any(r.startswith("store:") for r in spec.secrets.values()),
+    }
+    for feature, reason in features_missing(selected.backend, [f for f, yes in wanted.items() if yes]):
+        raise UnsupportedError(f"the {selected.backend.name} backend has no {feature}: {reason}")
+    if selected.backend.rules.container and not (spec.image or spec.build):
+        raise SpecError(f"the {selected.backend.name} backend runs containers; give image or build", key="image")
+    foreign = sorted(set(spec.native) - {selected.backend.name})
+    if foreign:
+        raise UnsupportedError(
+            f"the job has native settings of {', '.join(foreign)}, so it can't go to {selected.backend.name}", key="native"
+        )
+
+
+def _output(spec: JobSpec, selected: Selected) -> str:
+    written = spec.output or selected.target.output
+    if not written:
+        raise SpecError(f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output")
+    if is_uri(written):
+        transport_of(selected.backend, written)
+        return written.rstrip("/")
+    return file_uri((selected.folder / Path(written).expanduser()).absolute())
+
+
+def _train(spec: JobSpec) -> dict[str, Any] | None:
+    """With defaults filled in; where weights come from is a channel, so that it counts by content."""
+    if spec.train is None:
+        return None
+    return {**spec.train.model_dump(mode="json", exclude={"init"}), "init": WEIGHTS_CHANNEL if spec.train.init else None}
+
+
+def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str | None]:
+    if spec.code is None:
+        return None, None
+    archive = scratch / "code.tar.gz"
+    root = folder / Path(spec.code.root).expanduser()
+    return build_archive(root, archive, requirements=spec.code.requirements), str(archive)
+
+
+def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:
+    """Bytes; auto is 1.2 × the channels + 20 GiB."""
+    if spec.resources.disk != "auto":
+        return spec.resources.disk
+    return int(1.2 * sum(channel.size or 0 for channel in channels)) + (20 << 30)
+
+
+def _unpinned(channels: tuple[Channel, ...], image: Image | None, code: Code | None) -> Iterator[str]:
+    for channel in channels:
+        if channel.fingerprint is None:
+            yield f"data.{channel.name}: no manifest; write one with: cvlaunch data fingerprint {_shown(channel.uri)}"
+    if image is None:
+        yield "image: a process runs in an environment that no digest covers"
+    elif image.config_digest is None:
+        yield f"image: {image.reference} is not pinned"
+    if code and code.dirty:
+        yield "code: the working tree had changes that are not committed (the archive itself is pinned)"
+
+
+def _shown(uri: str) -> str:
+    return str(path_of(uri)) if scheme(uri) == "file" else uri
+
+
+@dataclasses.dataclass
+class _Resolver:
+    """Finds the place of each channel for one target."""
+
+    selected: Selected
+    folder: Path
+    targets: Targets
+    ledger: Ledger
+    output: str
+    online: bool
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def channel(self, name: str, written: str, spec: JobSpec) -> Channel:
+        place = self._from_dataset(name, written)
+        if place.startswith(_RUN_URI):
+            place = self._from_run(name, place)
+        if place.startswith(_TARGET_PATH):
+            path = place.removeprefix(_TARGET_PATH)
+            if not path.startswith("/"):
+                raise SpecError(f"{place!r} needs an absolute path after target:", key=f"data.{name}")
+            return self._described(name, file_uri(Path(path)), "file")
+        if is_uri(place):
+            return self._described(name, place, scheme(place))
+        return self._client_folder(name, written, self.folder / Path(place).expanduser(), spec)
+
+    def _from_dataset(self, name: str, written: str) -> str:
+        """`shapes/train` where `shapes` is a dataset; anything else stays as it is."""
+        first, _, rest = written.partition("/")
+        if is_uri(written) or written.startswith((_TARGET_PATH, ".", "~", "/")):
+            return written
+        if first in self.targets.datasets:
+            try:
+                base = self.targets.place_of(first, self.selected.name)
+            except SpecError as error:
+                raise SpecError(error.message, key=f"data.{name}") from None
+            if base.startswith("/"):  # places of datasets are seen from the target
+                base = _TARGET_PATH + base
+            return f"{base.rstrip('/')}/{rest}" if rest else base
+        if not (self.folder / written).exists():
+            known = sorted(self.targets.datasets)
+            hint = nearest(first, known) or (f"; datasets: {', '.join(known)}" if known else "; no dataset is defined")
+            raise SpecError(f"{written!r} is neither a folder in {self.folder} nor a dataset{hint}", key=f"data.{name}")
+        return written
+
+    def _from_run(self, name: str, place: str) -> str:
+        run_id, _, path = place.removeprefix(_RUN_URI).partition("/")
+        try:
+            record = self.ledger.find(run_id)
+        except SpecError as error:
+            raise SpecError(error.message, key=f"data.{name}") from None
+        return join_uri(record.output, record.run_id, path or "model")
+
+    def _client_folder(self, name: str, written: str, path: Path, spec: JobSpec) -> Channel:
+        path = path.absolute()
+        if "client" not in self._accesses():
+            raise SpecError(
+                f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
+                f"run: cvlaunch data push {path} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
+                key=f"data.{name}",
+            )
+        if spec.train is not None and name in ("train", "val"):
+            check_channel(path, spec.train, channel=name)
+        elif not path.is_dir():
+            raise SpecError(f"no folder {path}", key=f"data.{name}")
+        return self._described(name, file_uri(path), "client")
+
+    def _described(self, name: str, uri: str, kind: str) -> Channel:
+        accesses = self._accesses()
+        if kind not in accesses:
+            raise SpecError(
+                f"{uri} can't be read by target {self.selected.name!r}; it reads {', '.join(sorted(accesses))}", key=f"data.{name}"
+            )
+        channel = Channel(name, uri, accesses[kind])
+        if not self.online and scheme(uri) != "file":
+            self.warnings.append(f"data.{name}: {uri} was not looked at; --resolve reads its fingerprint")
+            return channel
+        found = self._manifest(name, uri)
+        if found is None:
+            return channel
+        return dataclasses.replace(channel, fingerprint=found.fingerprint, files=found.count, size=found.size)
+
+    def _manifest(self, name: str, uri: str) -> manifest.Manifest | None:
+        if scheme(uri) == "file" and not path_of(uri).is_dir():  # a path that only the target sees
+            return None
+        try:
+            return manifest.read(open_store(uri, self.selected.target.storage.options))
+        except SpecError as error:
+            raise SpecError(error.message, key=f"data.{name}") from error
+
+    def _accesses(self) -> Mapping[str, str]:
+        return transport_of(self.selected.backend, self.output).channels

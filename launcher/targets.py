@@ -1,0 +1,168 @@
+"""Places to run jobs: targets.yaml of the project, then of the user, then the built-in one of each backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from launcher import paths
+from launcher.backends import load_backend, names
+from launcher.backends.base import Backend, BaseTarget
+from launcher.errors import SpecError, nearest
+from launcher.jobfile import validate
+from launcher.yamlfile import Document, read_yaml
+
+__all__ = ["FILE_NAME", "Selected", "Targets", "load_targets"]
+
+FILE_NAME = "targets.yaml"
+_PREFIX = "CVLAUNCH_TARGETS__"
+_DATASET_PREFIX = "CVLAUNCH_DATASETS__"
+
+
+class _File(BaseModel):
+    """targets.yaml; each target is checked by its own backend's model when it is used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    default: str | None = Field(None, description="target used when neither --target nor --backend is given")
+    datasets: dict[str, dict[str, str]] = Field(default_factory=dict, description="name → target or default → place")
+    targets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A target that was chosen, and the backend that it is for."""
+
+    name: str
+    target: BaseTarget
+    backend: type[Backend]
+    folder: Path
+    """Relative paths of the target start here."""
+
+    def open(self) -> Backend:
+        return self.backend(self.target, self.name)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    content: Mapping[str, Any]
+    document: Document | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All targets there are. datasets: name → target name or `default` → place."""
+
+    entries: Mapping[str, _Entry] = field(default_factory=dict)
+    datasets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    default: str = "local"
+
+    def names(self) -> list[str]:
+        return sorted({*self.entries, *names()})
+
+    def select(self, *, target: str | None = None, backend: str | None = None) -> Selected:
+        """By name; or the one target of a backend; or the default. SpecError lists what there is."""
+        if target is not None:
+            selected = self._named(target)
+            if backend is not None and selected.target.backend != backend:
+                raise SpecError(f"target {target!r} is of backend {selected.target.backend!r}, not {backend!r}")
+            return selected
+        return self._of_backend(backend) if backend is not None else self._named(self.default)
+
+    def _named(self, name: str) -> Selected:
+        entry = self.entries.get(name)
+        if entry is None:
+            if name not in names():
+                known = self.names()
+                raise SpecError(f"unknown target {name!r}; there are {', '.join(known)}{nearest(name, known)}", key="--target")
+            entry = _Entry({"backend": name}, None)
+        return _checked(name, entry)
+
+    def _of_backend(self, backend: str) -> Selected:
+        load_backend(backend)
+        matching = sorted(n for n, e in self.entries.items() if e.content.get("backend") == backend)
+        if len(matching) > 1:
+            raise SpecError(
+                f"{len(matching)} targets are of backend {backend!r}: {', '.join(matching)}; choose one with --target",
+                key="--backend",
+            )
+        return self._named(matching[0] if matching else backend)
+
+    def place_of(self, dataset: str, target: str) -> str:
+        """Where a dataset is for a target. SpecError if it is nowhere that this target knows."""
+        places = self.datasets[dataset]
+        place = places.get(target) or places.get("default")
+        if place is None:
+            raise SpecError(
+                f"dataset {dataset!r} has no place for target {target!r}; it has {', '.join(places) or 'none'}; "
+                f"add `{target}:` or `default:` in {FILE_NAME}"
+            )
+        return place
+
+
+def load_targets(folder: Path, environ: Mapping[str, str] | None = None) -> Targets:
+    """From `folder` or the nearest folder above it, then the user's; a name in the first hides the second's."""
+    found = [path for path in (_above(folder), paths.config_folder() / FILE_NAME) if path is not None and path.is_file()]
+    files = [(document, validate(_File, document)) for document in map(read_yaml, found)]
+    entries: dict[str, _Entry] = {}
+    datasets: dict[str, Mapping[str, str]] = {}
+    for document, file in reversed(files):
+        entries |= {name: _Entry(content, document) for name, content in file.targets.items()}
+        datasets |= file.datasets
+    environ = os.environ if environ is None else environ
+    for name, keys, value in _overrides(environ, _PREFIX, [*entries, *names()]):
+        old = entries.get(name, _Entry({"backend": name}, None))
+        entries[name] = _Entry(_set(old.content, keys, value), old.document)
+    for name, keys, value in _overrides(environ, _DATASET_PREFIX, list(datasets)):
+        datasets[name] = {**datasets.get(name, {}), keys[0]: str(value)}
+    default = next((file.default for _, file in files if file.default), "local")
+    return Targets(entries, datasets, default)
+
+
+def _above(folder: Path) -> Path | None:
+    folder = folder.absolute()
+    return next((f / FILE_NAME for f in (folder, *folder.parents) if (f / FILE_NAME).is_file()), None)
+
+
+def _overrides(environ: Mapping[str, str], prefix: str, known: Sequence[str]) -> Iterator[tuple[str, list[str], Any]]:
+    """`CVLAUNCH_TARGETS__HPC__PARTITION=gpu` → ("hpc", ["partition"], "gpu"); values are read as YAML."""
+    for variable in sorted(environ):
+        if not variable.startswith(prefix):
+            continue
+        name, *keys = variable.removeprefix(prefix).lower().split("__")
+        if not name or not keys or not all(keys):
+            raise SpecError(f"expected {prefix}NAME__KEY", key=variable)
+        real = next((k for k in known if k.lower().replace("-", "_") == name.replace("-", "_")), name)
+        try:
+            yield real, keys, yaml.safe_load(environ[variable])
+        except yaml.YAMLError:
+            raise SpecError("its value is not YAML; quote it", key=variable) from None
+
+
+def _set(content: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    if len(keys) == 1:
+        return {**content, keys[0]: value}
+    below = content.get(keys[0])
+    return {**content, keys[0]: _set(below if isinstance(below, Mapping) else {}, keys[1:], value)}
+
+
+def _checked(name: str, entry: _Entry) -> Selected:
+    document = entry.document or Document(Path(f"the built-in target {name}"), {})
+    folder = entry.document.file.absolute().parent if entry.document else Path.cwd()
+    backend_name = entry.content.get("backend")
+    if not isinstance(backend_name, str):
+        raise SpecError(
+            f"the backend is missing; there are {', '.join(names())}",
+            file=document.file,
+            line=document.line(("targets", name)),
+            key=f"targets.{name}.backend",
+        )
+    backend = load_backend(backend_name)
+    target = validate(backend.Target, document, at=("targets", name), content=entry.content)
+    return Selected(name, target, backend, folder)

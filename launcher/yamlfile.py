@@ -1,0 +1,104 @@
+"""YAML files read with the line of every key, and defended against what YAML allows but nobody means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.errors import SpecError
+
+__all__ = ["Document", "KeyPath", "read_yaml"]
+
+KeyPath = tuple[str | int, ...]
+
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 50
+_MAX_NODES = 50_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """A mapping read from `file`. lines: key path → line number, 1 is the first."""
+
+    file: Path
+    content: Mapping[str, Any]
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+
+    def line(self, path: KeyPath) -> int | None:
+        """The line of the key, or of the nearest key around it."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def read_yaml(path: Path) -> Document:
+    """Reads one mapping. SpecError for anything else: binary, broken, too large, too deep, aliases that explode."""
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(node, path)) if node else {}
+        content = yaml.load(text, Loader=yaml.SafeLoader)  # noqa: S506 SafeLoader is safe
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SpecError(f"not YAML: {error.problem}", file=path, line=mark.line + 1 if mark else None) from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"not YAML: {str(error).splitlines()[0]}", file=path) from error
+    except RecursionError:
+        raise SpecError(f"nested more than {_MAX_DEPTH} levels deep", file=path) from None
+    except ValueError as error:  # such as the date 2026-99-99
+        raise SpecError(f"not YAML: {error}", file=path) from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise SpecError(f"expected keys and values, found {found}", file=path)
+    return Document(path, content, lines)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes() if path.stat().st_size <= _MAX_BYTES else None
+    except FileNotFoundError:
+        raise SpecError("no such file", file=path) from None
+    except OSError as error:
+        raise SpecError(f"can't be read: {error.strerror}", file=path) from error
+    if data is None:
+        raise SpecError(f"larger than {_MAX_BYTES >> 20} MiB, which no job file is", file=path)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise SpecError("not a text file (UTF-8)", file=path) from None
+
+
+def _lines(root: yaml.Node, file: Path) -> Iterator[tuple[KeyPath, int]]:
+    """Walks aliases as often as they are used, so that a bomb is met here, before anything is built from it."""
+    count = 0
+    stack: list[tuple[KeyPath, yaml.Node]] = [((), root)]
+    while stack:
+        path, node = stack.pop()
+        count += 1
+        line = node.start_mark.line + 1
+        if len(path) > _MAX_DEPTH:
+            raise SpecError(f"nested more than {_MAX_DEPTH} levels deep", file=file, line=line)
+        if count > _MAX_NODES:
+            raise SpecError(f"its aliases expand to more than {_MAX_NODES} values", file=file)
+        if isinstance(node, yaml.MappingNode):
+            yield from _keys(path, node, file)
+            stack += [((*path, str(key.value)), value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            stack += [((*path, i), value) for i, value in enumerate(node.value)]
+            yield from (((*path, i), value.start_mark.line + 1) for i, value in enumerate(node.value))
+
+
+def _keys(path: KeyPath, node: yaml.MappingNode, file: Path) -> Iterator[tuple[KeyPath, int]]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise SpecError("a key must be a word", file=file, line=line)
+        if key.value in seen and key.value != "<<":
+            raise SpecError("given twice", file=file, line=line, key=".".join(map(str, (*path, key.value))))
+        seen.add(key.value)
+        yield (*path, str(key.value)), line

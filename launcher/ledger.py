@@ -145,7 +145,9 @@ class Ledger:
             return RunRecord.from_json(json.loads(self._path(run_id).read_text()))
         except FileNotFoundError:
             known = self.ids()
-            raise SpecError(f"there is no run {run_id!r}{nearest(run_id, known)}; list them with: cvlaunch runs") from None
+            raise SpecError(
+                f"there is no run {run_id!r}{nearest(run_id, known)}; list them with: cvlaunch runs"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise SpecError(f"not a run file: {error}", file=self._path(run_id)) from error
 
@@ -161,7 +163,7 @@ class Ledger:
         return self.get(matching[0] if matching else text)
 
     def _by_handle(self, handle: Handle) -> RunRecord:
-        for record in self.list():
+        for record in self.all():
             if record.handle == str(handle):
                 return record
         raise SpecError(f"no run has the handle {handle}; list them with: cvlaunch runs")
@@ -172,7 +174,7 @@ class Ledger:
     def ids(self) -> list[str]:
         return sorted(entry.name[:-5] for entry in self._entries())
 
-    def list(self) -> list[RunRecord]:
+    def all(self) -> list[RunRecord]:
         """All runs, the newest first. A damaged file is passed over."""
         records = []
         for run_id in self.ids():
@@ -212,7 +214,9 @@ class Ledger:
 
     def _path(self, run_id: str) -> Path:
         if not _RUN_ID.fullmatch(run_id):
-            raise SpecError(f"{run_id!r} is not a run; a run looks like digits-0pq8v4k2dm or local://local/digits-0pq8v4k2dm")
+            raise SpecError(
+                f"{run_id!r} is not a run; a run looks like digits-0pq8v4k2dm or local://local/digits-0pq8v4k2dm"
+            )
         return self.folder / f"{run_id}.json"
 
     def _entries(self) -> list[os.DirEntry[str]]:
@@ -292,7 +296,9 @@ def _open_index(cache: Path, folder: Path) -> sqlite3.Connection:
     cache.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     index = sqlite3.connect(cache / f"index-{name}.sqlite", timeout=2)
-    index.execute("CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, summary TEXT)")
+    index.execute(
+        "CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, summary TEXT)"
+    )
     return index
 
 

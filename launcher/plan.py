@@ -35,7 +35,7 @@ def load_template(backend: type[Backend], folder: str | None = None) -> str:
 
 
 def eject_templates(backend: type[Backend], to: Path) -> Path:
-    """Copies our templates of one backend into `to/<backend>/`, to be changed there. ConflictError-free: refuses to overwrite."""
+    """Copies our templates of one backend into `to/<backend>/`, to be changed there. Overwrites nothing."""
     source, copy = templates_folder() / backend.name, to / backend.name
     if copy.exists():
         raise SpecError(f"{copy} is there already; remove it, or edit it as it is")
@@ -131,7 +131,9 @@ def _sh(value: object) -> _Filtered:
 
 def _only_filtered(value: object) -> object:
     if not isinstance(value, _Filtered):
-        raise SpecError(f"a template prints {value!r} without a filter; write {{{{ name | tojson }}}} or {{{{ name | sh }}}}")
+        raise SpecError(
+            f"a template prints {value!r} without a filter; write {{{{ name | tojson }}}} or {{{{ name | sh }}}}"
+        )
     return value
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants"]
+__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants", "signal_group"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ def _exists(pid: int) -> int | None:
     except OSError:
         return None
     return 0
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    """To every process of the group; one that is gone is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def adopt_orphans() -> None:

@@ -101,14 +101,17 @@ def _check_features(spec: JobSpec, selected: Selected) -> None:
     foreign = sorted(set(spec.native) - {selected.backend.name})
     if foreign:
         raise UnsupportedError(
-            f"the job has native settings of {', '.join(foreign)}, so it can't go to {selected.backend.name}", key="native"
+            f"the job has native settings of {', '.join(foreign)}, so it can't go to {selected.backend.name}",
+            key="native",
         )
 
 
 def _output(spec: JobSpec, selected: Selected) -> str:
     written = spec.output or selected.target.output
     if not written:
-        raise SpecError(f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output")
+        raise SpecError(
+            f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output"
+        )
     if is_uri(written):
         transport_of(selected.backend, written)
         return written.rstrip("/")
@@ -119,7 +122,10 @@ def _train(spec: JobSpec) -> dict[str, Any] | None:
     """With defaults filled in; where weights come from is a channel, so that it counts by content."""
     if spec.train is None:
         return None
-    return {**spec.train.model_dump(mode="json", exclude={"init"}), "init": WEIGHTS_CHANNEL if spec.train.init else None}
+    return {
+        **spec.train.model_dump(mode="json", exclude={"init"}),
+        "init": WEIGHTS_CHANNEL if spec.train.init else None,
+    }
 
 
 def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str | None]:
@@ -223,7 +229,8 @@ class _Resolver:
         accesses = self._accesses()
         if kind not in accesses:
             raise SpecError(
-                f"{uri} can't be read by target {self.selected.name!r}; it reads {', '.join(sorted(accesses))}", key=f"data.{name}"
+                f"{uri} can't be read by target {self.selected.name!r}; it reads {', '.join(sorted(accesses))}",
+                key=f"data.{name}",
             )
         channel = Channel(name, uri, accesses[kind])
         if not self.online and scheme(uri) != "file":

@@ -58,7 +58,7 @@ class Resources(Model):
     )
     cpus: int | None = Field(None, ge=1, le=1024, description="cores per node")
     memory: Size | None = Field(None, description="memory per node: 64GB")
-    shm: Literal["auto"] | Size = Field("auto", description="/dev/shm per node: 16Gi")
+    shm: Literal["auto"] | Size = Field("auto", description="shared memory per node: 16Gi")
     disk: Literal["auto"] | Size = Field("auto", description="scratch disk per node; auto: 1.2 × data + 20 GiB")
     timeout: Duration | None = Field(None, description="running time of all attempts together: 12h")
     max_wait: Duration | None = Field(None, description="longest time in a queue: 2h")
@@ -200,7 +200,9 @@ class JobSpec(Model):
         variables: dict[str, str] = {}
         for name, place in value.items():
             if not _CHANNEL.fullmatch(name):
-                raise ValueError(f"{name!r} is not a channel name; expected a-z, 0-9, _ and -, a letter first, at most 31")
+                raise ValueError(
+                    f"{name!r} is not a channel name; expected a-z, 0-9, _ and -, a letter first, at most 31"
+                )
             other = variables.setdefault(channel_variable(name), name)
             if other != name:
                 raise ValueError(f"channels {other!r} and {name!r} would share the variable {channel_variable(name)}")

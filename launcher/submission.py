@@ -30,10 +30,20 @@ from launcher.resolve import resolve
 from launcher.secretfiles import require_private
 from launcher.spec import JobSpec
 from launcher.status import State
-from launcher.stores import Store, StorageOptions, is_uri, join_uri, open_store
+from launcher.stores import StorageOptions, Store, is_uri, join_uri, open_store
 from launcher.targets import Selected, load_targets
 
-__all__ = ["Prepared", "backend_of", "client_secrets", "prepare", "push_channels", "reconcile", "resend", "send", "store_of"]
+__all__ = [
+    "Prepared",
+    "backend_of",
+    "client_secrets",
+    "prepare",
+    "push_channels",
+    "reconcile",
+    "resend",
+    "send",
+    "store_of",
+]
 
 _DRY_RUN_ID = "render-0000000000"
 
@@ -110,15 +120,19 @@ def send(prepared: Prepared, *, ledger: Ledger, run_id: str | None = None) -> Ru
     plan, record = _enter(prepared, ledger, run_id)
     if missing := placeholders(plan.text):
         ledger.delete(plan.run_id)
-        raise SpecError(f"{missing[0]} stands for a value that target {prepared.job.target_name!r} must give; see its keys")
+        raise SpecError(
+            f"{missing[0]} stands for a value that target {prepared.job.target_name!r} must give; see its keys"
+        )
     return _carry_out(plan, record, prepared.backend, values, ledger)
 
 
 def _enter(prepared: Prepared, ledger: Ledger, run_id: str | None) -> tuple[Plan, RunRecord]:
     """Writes the run file under a run id that nobody has."""
     while True:
-        chosen = valid_run_id(run_id) if run_id else new_run_id(
-            prepared.job.spec.name, now=time.time(), randomness=random_source.randbits(13)
+        chosen = (
+            valid_run_id(run_id)
+            if run_id
+            else new_run_id(prepared.job.spec.name, now=time.time(), randomness=random_source.randbits(13))
         )
         plan = prepared.plan(chosen)
         record = _record(prepared, plan)
@@ -157,9 +171,7 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
     )
 
 
-def _carry_out(
-    plan: Plan, record: RunRecord, backend: Backend, values: Mapping[str, str], ledger: Ledger
-) -> RunRecord:
+def _carry_out(plan: Plan, record: RunRecord, backend: Backend, values: Mapping[str, str], ledger: Ledger) -> RunRecord:
     run_id = record.run_id
     try:
         if plan.files:
@@ -199,7 +211,12 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
     values = client_secrets(spec, Path(record.job["folder"]))
     attempt = record.attempt + 1 if record.handle else record.attempt
     record = ledger.update(
-        record.run_id, state=State.PREPARING, owner=ProcessId.of().to_json(), attempt=attempt, unseen_since=None, status={}
+        record.run_id,
+        state=State.PREPARING,
+        owner=ProcessId.of().to_json(),
+        attempt=attempt,
+        unseen_since=None,
+        status={},
     )
     return _carry_out(_stored_plan(record), record, backend, values, ledger)
 

@@ -1,4 +1,4 @@
-"""Stays with a process on this machine after the CLI has gone: restarts it when preempted, ends it when told, keeps its end.
+"""Stays with a process of this machine after the CLI has gone: restarts, ends and remembers it.
 
 `python -m launcher.supervisor FOLDER` reads `FOLDER/plan.json` (Plan.text) and leaves in FOLDER
 
@@ -66,7 +66,7 @@ class SupervisorFolder:
 
     def environment(self) -> Mapping[str, str]:
         """The environment in the plan, empty if there is no plan."""
-        return (read_json(self.plan) or {}).get("env", {})
+        return dict((read_json(self.plan) or {}).get("env", {}))
 
     def locked(self) -> bool:
         """Whether a supervisor, or a submission that is starting one, is alive."""
@@ -225,7 +225,8 @@ class _Supervision:
                 self._plan["argv"], env=environ, cwd=self._plan["cwd"], start_new_session=True
             )
         except OSError as error:
-            print(f"{self._plan['argv'][0]} can't be started: {error.strerror}", flush=True)
+            sys.stdout.write(f"{self._plan['argv'][0]} can't be started: {error.strerror}\n")
+            sys.stdout.flush()
             return contract.EXIT_BAD_CONFIG
         self._record(ProcessId.of(self._runner.pid), attempt, "running")
         if self._asked:  # the stop came between two attempts, or while this one was being started

@@ -80,7 +80,9 @@ class Targets:
         if entry is None:
             if name not in names():
                 known = self.names()
-                raise SpecError(f"unknown target {name!r}; there are {', '.join(known)}{nearest(name, known)}", key="--target")
+                raise SpecError(
+                    f"unknown target {name!r}; there are {', '.join(known)}{nearest(name, known)}", key="--target"
+                )
             entry = _Entry({"backend": name}, None)
         return _checked(name, entry)
 
@@ -108,7 +110,9 @@ class Targets:
 
 def load_targets(folder: Path, environ: Mapping[str, str] | None = None) -> Targets:
     """From `folder` or the nearest folder above it, then the user's; a name in the first hides the second's."""
-    found = [path for path in (_above(folder), paths.config_folder() / FILE_NAME) if path is not None and path.is_file()]
+    found = [
+        path for path in (_above(folder), paths.config_folder() / FILE_NAME) if path is not None and path.is_file()
+    ]
     files = [(document, validate(_File, document)) for document in map(read_yaml, found)]
     entries: dict[str, _Entry] = {}
     datasets: dict[str, Mapping[str, str]] = {}

@@ -16,7 +16,7 @@ from launcher.contract import Channel, Code, JobFile
 from launcher.errors import SpecError
 from launcher.spec import JobSpec, Model
 from launcher.status import Status
-from launcher.stores import Store, StorageOptions
+from launcher.stores import StorageOptions, Store
 
 __all__ = [
     "Backend",
@@ -42,7 +42,9 @@ __all__ = [
 class Storage(Model):
     """How the object stores of a target are reached; keys and passwords don't belong here."""
 
-    endpoint: str | None = Field(None, description="S3 endpoint of OVH, MinIO, Ceph, ODF: https://s3.gra.io.cloud.ovh.net")
+    endpoint: str | None = Field(
+        None, description="S3 endpoint of OVH, MinIO, Ceph, ODF: https://s3.gra.io.cloud.ovh.net"
+    )
     region: str | None = None
     profile: str | None = Field(None, description="AWS profile of this machine, SSO included")
     ca_bundle: str | None = Field(None, description="certificates of a private authority (PEM)")
@@ -305,7 +307,7 @@ def native_name(run_id: str, attempt: int = 1) -> str:
     return run_id if attempt == 1 else f"{run_id}-{attempt}"
 
 
-def features_missing(backend: Backend, wanted: Iterable[Feature]) -> Iterator[tuple[Feature, str]]:
+def features_missing(backend: type[Backend], wanted: Iterable[Feature]) -> Iterator[tuple[Feature, str]]:
     for feature in wanted:
         support = backend.features.get(feature, Support(False, "not known to this backend"))
         if not support.supported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -59,9 +60,7 @@ class LocalTarget(BaseTarget):
     """A folder of this machine and the Python that runs the trainer."""
 
     backend: Literal["local"] = "local"
-    output: str = Field(
-        default_factory=lambda: str(paths.data_folder() / "output"), description="where runs are kept"
-    )
+    output: str = Field(default_factory=lambda: str(paths.data_folder() / "output"), description="where runs are kept")
     root: str = Field(
         default_factory=lambda: str(paths.data_folder() / "local"), description="records of supervised processes"
     )
@@ -89,13 +88,15 @@ class LocalBackend:
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),
         Feature.MULTI_NODE: Support(False, "this is one machine; write resources.nodes: 1"),
-        Feature.SHM: Support(False, "/dev/shm is the machine's; write resources.shm: auto"),
+        Feature.SHM: Support(False, "shared memory is the machine's; write resources.shm: auto"),
         Feature.SPOT: Support(False, "this machine is not sold by the hour; write resources.spot: false"),
         Feature.RESTART: Support(True),
         Feature.MAX_WAIT: Support(True),
         Feature.SECRETS_CLIENT: Support(True),
         Feature.SECRETS_STORE: Support(False, "a process here reads no secret store; write env:NAME or file:PATH"),
-        Feature.CONTAINER: Support(False, "a process is not a container: it runs in the target's python, without the image"),
+        Feature.CONTAINER: Support(
+            False, "a process is not a container: it runs in the target's python, without the image"
+        ),
         Feature.FOLLOW_LOGS: Support(True),
         Feature.EXEC: Support(False, "the process runs here: use your own shell"),
     }
@@ -147,7 +148,8 @@ class LocalBackend:
         elif missing:
             extra = "cvlaunch" if "launcher" in missing else "'cvlaunch[trainer]'"
             yield Problem(
-                "python", f"{self.target.python} lacks {', '.join(missing)}: {self.target.python} -m pip install {extra}"
+                "python",
+                f"{self.target.python} lacks {', '.join(missing)}: {self.target.python} -m pip install {extra}",
             )
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
@@ -204,9 +206,9 @@ def _status(folder: SupervisorFolder) -> Status:
     record, end = folder.record(), folder.exit()
     if end is not None:
         return _ended(record, end)
-    if record is None or not (record.supervisor.alive or not record.supervisor.here):
-        if folder.locked():
-            return Status(State.STARTING, native="starting")
+    gone = record is None or (record.supervisor.here and not record.supervisor.alive)
+    if gone and folder.locked():  # a new supervisor has not written its record yet
+        return Status(State.STARTING, native="starting")
     if record is None:
         return Status(State.LOST, native="gone", reason=f"no trace of it in {folder.path}")
     if not record.supervisor.here:
@@ -245,14 +247,21 @@ def _without_supervisor(folder: SupervisorFolder, record: Record) -> Status:
     """The supervisor was killed. The runner may have gone on and left a result; without one, nobody knows."""
     root = Path(folder.environment().get("CVLAUNCH_ROOT", ""))
     result = read_json(root / RESULT) or {}
-    known = {"started": record.started, "node": record.supervisor.host, "attempt": record.attempt}
+    lost = Status(State.LOST, "gone", started=record.started, node=record.supervisor.host, attempt=record.attempt)
     if result.get("attempt") == record.attempt and result.get("state") in _RESULT_STATES:
-        state = _RESULT_STATES[str(result["state"])]
-        code, ended = result.get("exit_code"), result.get("ended")
-        return Status(state, "unsupervised", str(result.get("reason") or ""), code, ended=ended, **known)
+        return dataclasses.replace(
+            lost,
+            state=_RESULT_STATES[str(result["state"])],
+            native="unsupervised",
+            reason=str(result.get("reason") or ""),
+            exit_code=result.get("exit_code"),
+            ended=result.get("ended"),
+        )
     restarted = record.supervisor.boot != ProcessId.of().boot
-    reason = "the machine was restarted" if restarted else f"its supervisor (process {record.supervisor.pid}) was killed"
-    return Status(State.LOST, "gone", f"{reason}; start it again with: cvlaunch rerun", **known)
+    reason = (
+        "the machine was restarted" if restarted else f"its supervisor (process {record.supervisor.pid}) was killed"
+    )
+    return dataclasses.replace(lost, reason=f"{reason}; go on with: cvlaunch submit --resume {folder.path.name}")
 
 
 def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
@@ -261,7 +270,9 @@ def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
         return [m for m in modules if importlib.util.find_spec(m) is None]
     script = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
     try:
-        answer = subprocess.run([python, "-c", script, *modules], capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(
+            [python, "-c", script, *modules], capture_output=True, text=True, timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.split()

@@ -1,0 +1,181 @@
+"""The command as it is started: its environment, its variables filled in, torchrun around it where ranks are needed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import contract
+from launcher.contract import JobFile, Layout
+from launcher.runner.ranks import Ranks
+
+__all__ = ["Command", "build_command", "command_environment", "expand", "trainer_folder", "uses_torchrun"]
+
+_VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_PYTHON = re.compile(r"python(3(\.\d+)?)?")
+_RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
+"""Left by whatever started the runner; a training framework would take them for a process group of its own."""
+
+_RUNNER_VARIABLES = ("CVLAUNCH_SECRETS_FILE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256")
+
+_CACHES = {
+    "TORCH_HOME": ".cache/torch",
+    "HF_HOME": ".cache/huggingface",
+    "MPLCONFIGDIR": ".config/matplotlib",
+    "YOLO_CONFIG_DIR": ".config/Ultralytics",
+    "XDG_CACHE_HOME": ".cache",
+    "TRITON_CACHE_DIR": ".triton/cache",
+    "NUMBA_CACHE_DIR": ".cache/numba",
+}
+"""Variable → where its library writes without it, below HOME."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """torchrun: whether the lines carry torchrun's rank prefix. cwd: None is the runner's own."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: Path | None
+    torchrun: bool
+
+
+def trainer_folder() -> Path:
+    """The built-in trainer: in the wheel, or beside the package in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "_trainer_image"
+    return shipped if shipped.is_dir() else package.parent / "trainer_image"
+
+
+def build_command(
+    job: JobFile, override: Sequence[str] | None, *, env: Mapping[str, str], ranks: Ranks, code: Path | None, scratch: Path
+) -> Command:
+    """override: the command from the runner's own command line. code: the job's code folder."""
+    argv = _argv(job, override)
+    known = {k: v for k, v in env.items() if k.startswith(("CVLAUNCH_", "SM_")) or k in job.env}
+    argv = tuple(expand(word, {k: v for k, v in known.items() if k not in job.secrets}) for word in argv)
+    torchrun = uses_torchrun(argv, ranks.nodes * job.processes)
+    if torchrun:
+        argv = (*_torchrun(argv[0], ranks, job.processes, scratch), *argv)
+    return Command(argv, env, code, torchrun)
+
+
+def _argv(job: JobFile, override: Sequence[str] | None) -> tuple[str, ...]:
+    if override:
+        return tuple(override)
+    return job.command or (sys.executable, "-m", "cvtrainer")
+
+
+def expand(word: str, values: Mapping[str, str]) -> str:
+    """`${NAME}` by its value; names that are not in `values` stay, and `$${NAME}` is a plain `${NAME}`."""
+
+    def replacement(match: re.Match[str]) -> str:
+        escaped, name = match.groups()
+        if name not in values:
+            return match[0]
+        return match[0][1:] if escaped else values[name]
+
+    return _VARIABLE.sub(replacement, word)
+
+
+def uses_torchrun(argv: Sequence[str], world_size: int) -> bool:
+    return world_size > 1 and _PYTHON.fullmatch(Path(argv[0]).name) is not None
+
+
+def _torchrun(python: str, ranks: Ranks, processes: int, scratch: Path) -> tuple[str, ...]:
+    """--no-python: each rank runs the command as it stands, with its own interpreter options."""
+    if ranks.nodes == 1:  # the agent takes a free port, so that two runs on one machine never collide
+        rendezvous = ("--standalone", "--local-addr", "127.0.0.1", "--nnodes", "1")
+    else:
+        rendezvous = (
+            "--nnodes", str(ranks.nodes), "--node-rank", str(ranks.node_rank),
+            "--master-addr", ranks.master_addr, "--master-port", str(ranks.master_port),
+        )  # fmt: skip
+    return (
+        python, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
+        "--max-restarts", "0", "--tee", "3", "--log-dir", str(scratch / "ranks"), "--no-python",
+    )  # fmt: skip
+
+
+def command_environment(
+    job: JobFile,
+    layout: Layout,
+    *,
+    environ: Mapping[str, str],
+    secrets: Mapping[str, str],
+    ranks: Ranks,
+    attempt: int,
+    scratch: Path,
+    python_path: Sequence[Path],
+) -> dict[str, str]:
+    """Everything that the command finds in its environment."""
+    env = {k: v for k, v in environ.items() if k not in (*_RANK_VARIABLES, *_RUNNER_VARIABLES)}
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    env |= _contract_variables(job, layout, ranks, attempt)
+    env |= {**job.env, **secrets}
+    env |= _home_variables(env, scratch)
+    if ranks.interface:
+        env = {"NCCL_SOCKET_IFNAME": ranks.interface, "GLOO_SOCKET_IFNAME": ranks.interface, **env}
+    if python_path:
+        env["PYTHONPATH"] = os.pathsep.join([*map(str, python_path), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def _contract_variables(job: JobFile, layout: Layout, ranks: Ranks, attempt: int) -> dict[str, str]:
+    variables = {
+        "CVLAUNCH_ROOT": layout.root,
+        "CVLAUNCH_JOB": layout.job,
+        "CVLAUNCH_CHECKPOINTS": layout.checkpoints,
+        "CVLAUNCH_MODEL": layout.model,
+        "CVLAUNCH_OUTPUT": layout.output,
+        "CVLAUNCH_RUN_ID": job.run_id,
+        "CVLAUNCH_ATTEMPT": attempt,
+        "CVLAUNCH_NODES": ranks.nodes,
+        "CVLAUNCH_NODE_RANK": ranks.node_rank,
+        "CVLAUNCH_MASTER": f"{ranks.master_addr}:{ranks.master_port}",
+        "SM_MODEL_DIR": layout.model,
+        "SM_OUTPUT_DATA_DIR": layout.output,
+    }
+    for channel in job.channels:
+        variable = contract.channel_variable(channel.name)
+        variables[variable] = layout.channel(channel.name)
+        variables[variable.replace("CVLAUNCH_DATA_", "SM_CHANNEL_", 1)] = layout.channel(channel.name)
+    return {name: str(value) for name, value in variables.items()}
+
+
+def _home_variables(env: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """Writable homes and caches for a uid without a home, or one on a read-only disk; what works is left alone."""
+    found: dict[str, str] = {}
+    try:
+        user = pwd.getpwuid(os.getuid())
+        home = env.get("HOME") or user.pw_dir
+    except KeyError:  # an arbitrary uid, as OpenShift and OVH give: getpass.getuser() would fail
+        home = env.get("HOME") or "/"
+        found["USER"] = env.get("USER") or "cvlaunch"
+    if "HOME" not in env or not _can_write(Path(home)):
+        home = str(_made(scratch / "home"))
+        found["HOME"] = home
+    for name, default in _CACHES.items():
+        if name not in env and not _can_write(Path(home) / default):
+            found[name] = str(_made(scratch / name.lower()))
+    return found
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above that exists, takes new files."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

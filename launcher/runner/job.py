@@ -1,0 +1,60 @@
+"""job.json: where it comes from, and whether it is what was submitted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import contract
+from launcher.contract import JobFile
+from launcher.errors import IntegrityError, SpecError
+from launcher.stores import StorageOptions, open_store
+
+__all__ = ["JobSource", "command_of_arguments", "read_job"]
+
+USAGE = "usage: cvlaunch-run [-- COMMAND [ARGUMENT…]]; the job comes from $CVLAUNCH_JOB or <root>/input/config/job.json"
+
+
+@dataclass(frozen=True)
+class JobSource:
+    job: JobFile
+    data: bytes
+
+
+def command_of_arguments(arguments: Sequence[str]) -> tuple[str, ...] | None:
+    """The command after `--`, None without one."""
+    if not arguments:
+        return None
+    if arguments[0] != "--" or len(arguments) < 2:
+        raise SpecError(USAGE)
+    return tuple(arguments[1:])
+
+
+def read_job(environ: Mapping[str, str]) -> JobSource:
+    """SpecError if there is none or it can't be read, IntegrityError if it is another than was submitted."""
+    place, data = _read(environ)
+    wanted = environ.get("CVLAUNCH_JOB_SHA256")
+    found = hashlib.sha256(data).hexdigest()
+    if wanted and wanted != found:
+        raise IntegrityError(f"{place} has SHA-256 {found}, submitted was {wanted}; submit the job again")
+    try:
+        return JobSource(JobFile.from_bytes(data), data)
+    except ValueError as error:
+        raise SpecError(f"{place}: {error}") from error
+
+
+def _read(environ: Mapping[str, str]) -> tuple[str, bytes]:
+    if inline := environ.get("CVLAUNCH_JOB_JSON"):
+        return "$CVLAUNCH_JOB_JSON", inline.encode()
+    place = environ.get("CVLAUNCH_JOB") or str(
+        Path(environ.get("CVLAUNCH_ROOT") or contract.DEFAULT_ROOT) / contract.JOB
+    )
+    if "://" in place and not place.startswith("file://"):
+        folder, _, name = place.rpartition("/")
+        return place, open_store(folder, StorageOptions()).read(name)
+    try:
+        return place, Path(place.removeprefix("file://")).read_bytes()
+    except OSError as error:
+        raise SpecError(f"{place}: {error.strerror}; set CVLAUNCH_JOB to a job.json (a path or a URI)") from error

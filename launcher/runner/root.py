@@ -1,0 +1,69 @@
+"""Where the job's folders stand on this machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.contract import DEFAULT_ROOT, JobFile, Layout
+from launcher.errors import SpecError
+
+__all__ = ["choose_root", "in_place", "make_folders", "scratch_folder", "writable"]
+
+
+def in_place(job: JobFile) -> bool:
+    """Whether the root *is* the run's folder, so that nothing is uploaded."""
+    return job.movers.get("output") == "in_place"
+
+
+def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:
+    """(layout, what to say about it). SpecError if no folder can be written.
+
+    In place, `$CVLAUNCH_ROOT` counts (a container sees the run's folder elsewhere), then the output's folder.
+    """
+    if in_place(job):
+        return Layout(_in_place_root(job, environ)), ""
+    wanted = Path(environ.get("CVLAUNCH_ROOT") or DEFAULT_ROOT)
+    if writable(wanted):
+        return Layout(wanted), ""
+    instead = Path(environ.get("TMPDIR") or "/tmp") / "cvlaunch" / job.run_id  # noqa: S108 - named in the contract
+    if writable(instead):
+        return Layout(instead), f"{wanted} can't be written by uid {os.getuid()}; the root is {instead}"
+    raise SpecError(f"neither {wanted} nor {instead} can be written by uid {os.getuid()}; set CVLAUNCH_ROOT")
+
+
+def _in_place_root(job: JobFile, environ: Mapping[str, str]) -> Path:
+    if environ.get("CVLAUNCH_ROOT"):
+        return Path(environ["CVLAUNCH_ROOT"])
+    if job.output.startswith("file://"):
+        from urllib.parse import unquote, urlsplit
+
+        return Path(unquote(urlsplit(job.output).path)) / job.run_id
+    return Path(job.output) / job.run_id if job.output.startswith("/") else Path(DEFAULT_ROOT)
+
+
+def writable(folder: Path) -> bool:
+    """Tried, not asked: read-only mounts, quotas and network file systems answer `access` wrongly."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def make_folders(layout: Layout) -> None:
+    for folder in (layout.job.parent, layout.stop.parent, layout.checkpoints, layout.model, layout.output):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def scratch_folder(layout: Layout) -> Path:
+    """A new folder for caches and torchrun's files; below the root where there is no writable /tmp."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="cvlaunch-"))
+    except OSError:
+        folder = layout.root / ".scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder

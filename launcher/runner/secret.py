@@ -1,0 +1,53 @@
+"""Values of the job's secrets: from the runner's environment, a 0600 file, or a platform's secret store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from launcher.errors import SpecError
+from launcher.secretfiles import require_private
+
+__all__ = ["RESOLVERS", "read_secrets"]
+
+RESOLVERS: dict[str, Callable[[str], str]] = {}
+"""Kind of a `store:KIND:NAME` reference → function from NAME to value. Backends of clouds fill it."""
+
+
+def read_secrets(names: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Variable → value for each variable → reference. SpecError names the first one that is missing, never a value."""
+    path = environ.get("CVLAUNCH_SECRETS_FILE")
+    in_file = _read_file(Path(path)) if names and path else {}
+    return {name: _value(name, reference, {**environ, **in_file}) for name, reference in names.items()}
+
+
+def _value(name: str, reference: str, known: Mapping[str, str]) -> str:
+    if name in known:
+        return known[name]
+    if reference.startswith("store:"):
+        kind, _, rest = reference.removeprefix("store:").partition(":")
+        if kind not in RESOLVERS:
+            raise SpecError(f"the secret {name} is {reference}, which needs a runner of a cloud backend")
+        return RESOLVERS[kind](rest)
+    raise SpecError(f"the secret {name} ({reference}) is neither in the environment nor in CVLAUNCH_SECRETS_FILE")
+
+
+def _read_file(path: Path) -> dict[str, str]:
+    """NAME=JSON string, one a line. AuthError if others can read it."""
+    try:
+        lines = require_private(path).read_text().splitlines()
+    except OSError as error:
+        raise SpecError(f"{path} (CVLAUNCH_SECRETS_FILE): {error.strerror}") from error
+    return dict(_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
+    name, _, text = line.partition("=")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, str):  # `from error` would print the value
+        raise SpecError("expected NAME=\"VALUE\" with VALUE as a JSON string", file=path, line=number)
+    return name, value

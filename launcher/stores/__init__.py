@@ -1,0 +1,76 @@
+"""Where bytes live: folders, `s3://`, `gs://` and `memory://` behind one small protocol.
+
+A store is the folder that its URI names; every path is relative to it, with `/` between the parts. Folders are
+handled by the standard library alone; the rest by obstore, imported when such a store is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from launcher.errors import SpecError, nearest
+from launcher.stores.base import Entry, Progress, StorageOptions, Store
+from launcher.stores.folders import FolderStore, copy_into_place, is_part_file, require_room
+from launcher.stores.paths import (
+    bad_path,
+    check_path,
+    file_uri,
+    is_uri,
+    join_uri,
+    path_inside,
+    path_of,
+    scheme,
+)
+
+__all__ = [
+    "SCHEMES",
+    "Entry",
+    "FolderStore",
+    "Progress",
+    "StorageOptions",
+    "Store",
+    "bad_path",
+    "check_path",
+    "copy_into_place",
+    "file_uri",
+    "is_part_file",
+    "is_uri",
+    "join_uri",
+    "open_store",
+    "path_inside",
+    "path_of",
+    "require_room",
+    "scheme",
+]
+
+SCHEMES = ("file", "gs", "memory", "s3")
+
+
+def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: float = 30.0) -> Store:
+    """The store of the folder that `uri` names.
+
+    patience_s: how long a request is repeated while the service is away or overloaded, before UnreachableError.
+    """
+    options = options or StorageOptions()
+    kind = scheme(uri)
+    if kind == "file":
+        return FolderStore(Path(os.path.abspath(path_of(uri))))  # noqa: PTH100
+    if kind not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SpecError(f"{kind}:// in {uri!r} is not a kind of store; known: {known}{nearest(kind, SCHEMES)}")
+    bucket, prefix = _bucket_and_prefix(uri)
+    from launcher.stores.objects import CLIENTS, ObjectStore
+
+    return ObjectStore(f"{kind}://{bucket}", prefix, CLIENTS[kind](bucket, options, patience_s))
+
+
+def _bucket_and_prefix(uri: str) -> tuple[str, str]:
+    bucket, _, prefix = uri.split("://", 1)[1].partition("/")
+    prefix = prefix.rstrip("/")
+    reason = "has no bucket" if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket) else None
+    reason = reason or (bad_path(prefix) if prefix else None)
+    if reason:
+        raise SpecError(f"{uri!r} {reason}; it looks like {scheme(uri)}://bucket/folder")
+    return bucket, prefix

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.errors import SpecError, nearest
 from launcher.spec import JobSpec
-from launcher.yamlfile import Document, KeyPath, read_yaml
+from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml
 
 __all__ = ["load_job", "parse_setting", "validate"]
 
@@ -37,9 +36,11 @@ def parse_setting(text: str) -> tuple[KeyPath, Any, str]:
     if not equals or not all(key.split(".")):
         raise SpecError(f"{text!r} is not a setting; a setting looks like train.epochs=3", key="--set")
     try:
-        value = yaml.safe_load(written) if written else ""
-    except (yaml.YAMLError, RecursionError):
-        raise SpecError(f"the value {written!r} is not YAML; quote it", key=f"--set {key}") from None
+        value = parse_yaml(written)[0] if written else ""
+    except SpecError as error:
+        raise SpecError(
+            f"the value {written!r} can't be read; quote it ({error.message})", key=f"--set {key}"
+        ) from None
     return tuple(key.split(".")), value, written
 
 
@@ -48,7 +49,7 @@ def validate(model: type[M], document: Document, *, at: KeyPath = (), content: A
     try:
         return model.model_validate(document.content if content is None else content)
     except ValidationError as error:
-        raise _spec_error(model, error.errors()[0], document, at) from None
+        raise _spec_error(model, _telling(error.errors()), document, at) from None
 
 
 def _validate_with_settings(document: Document, settings: list[tuple[KeyPath, Any, str]]) -> JobSpec:
@@ -66,10 +67,25 @@ def _validate_with_settings(document: Document, settings: list[tuple[KeyPath, An
 
 def _same_place(place: tuple[str, ...], keys: KeyPath) -> bool:
     """Whether pydantic's location, which also names the kind of training, is this key."""
-    return tuple(part for part in place if part not in _TAGS) == keys
+    return _untagged(place) == keys
 
 
 _TAGS = ("classify", "detect")
+
+
+def _untagged(place: tuple[Any, ...]) -> tuple[Any, ...]:
+    """pydantic's location without the kind of training that it puts after `train`."""
+    return place[:1] + place[2:] if place[:1] == ("train",) and place[1:2] and place[1] in _TAGS else place
+
+
+def _telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The error to show: of `auto | SIZE`, what is wrong with the size, at the place of the whole."""
+    first = errors[0]
+    place = first["loc"][:-1]
+    if not (first["loc"] and str(first["loc"][-1]).startswith("literal[")):
+        return first
+    last = [error for error in errors if error["loc"][: len(place)] == place][-1]
+    return {**last, "loc": place}
 
 
 def _set(content: Mapping[str, Any], keys: KeyPath, value: Any) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def _lines_without(document: Document, settings: list[tuple[KeyPath, Any, str]])
 
 
 def _spec_error(model: type[BaseModel], error: ErrorDetails, document: Document, at: KeyPath) -> SpecError:
-    place = tuple(part for part in error["loc"] if part not in _TAGS)
+    place = _untagged(error["loc"])
     message = _message(model, error, place)
     key = ".".join(str(part) for part in (*at, *place)) or None
     return SpecError(message, file=document.file, line=document.line((*at, *place)), key=key)
@@ -106,9 +122,26 @@ def _message(model: type[BaseModel], error: ErrorDetails, place: KeyPath) -> str
         return f"{error['ctx']['tag']!r} is not a task; expected {error['ctx']['expected_tags']}"
     if kind == "union_tag_not_found":
         return "the key task is missing; expected task: classify or task: detect"
-    shown = "a list" if isinstance(value, list) else "keys and values" if isinstance(value, dict) else repr(value)
-    text = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"expected {text}, found {shown}"
+    if place[:1] == ("secrets",):
+        return "expected a reference: env:NAME, file:PATH or store:REFERENCE"  # the value may be the secret itself
+    text = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return f"expected {text}, found {_shown(value)}"
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "keys and values"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _keys_at(model: Any, place: tuple[int | str, ...]) -> list[str]:

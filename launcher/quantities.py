@@ -13,6 +13,7 @@ _SIZES = {
     "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+_LARGEST = 2**63
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]{0,3})")
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(
@@ -22,32 +23,29 @@ _DURATION = re.compile(
 
 def parse_size(text: str | int) -> int:
     """Bytes. `16Gi` is binary, `64GB` and `64G` decimal, a bare number bytes. ValueError otherwise."""
-    if isinstance(text, bool) or (isinstance(text, int) and text < 0):
-        raise ValueError("expected a size such as 16Gi or 64GB")
-    if isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(str(text).strip()) if isinstance(text, int | str) else None
     unit = match and _SIZES.get(match[2].upper())
     if not match or not unit:
         raise ValueError(f"{text!r} is not a size; a size looks like 16Gi or 64GB")
-    return round(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if not size < _LARGEST:
+        raise ValueError(f"{text!r} is not a usable size; it must be less than 8 EiB")
+    return text if isinstance(text, int) else round(size)
 
 
 def parse_duration(text: str | float) -> float:
     """Seconds. `12h`, `90m`, `1h30m`, `45s`; a bare number is seconds. ValueError otherwise."""
-    if isinstance(text, bool):
-        raise ValueError("expected a duration such as 12h or 90m")
-    if isinstance(text, int | float):
-        seconds = float(text)
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        seconds = text
     else:
-        stripped = text.strip().replace(" ", "")
+        stripped = text.strip().replace(" ", "") if isinstance(text, str) else ""
         match = _DURATION.fullmatch(stripped)
         if not stripped or not match:
             raise ValueError(f"{text!r} is not a duration; a duration looks like 12h, 90m or 1h30m")
         seconds = sum(float(n) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True) if n)
     if not 0 < seconds < 10 * 365 * 86400:
         raise ValueError(f"{text!r} is not a usable duration; it must be more than 0 and less than ten years")
-    return seconds
+    return float(seconds)
 
 
 def format_size(size: float) -> str:

@@ -18,9 +18,11 @@ __all__ = [
     "Duration",
     "JobSpec",
     "Model",
+    "Real",
     "Resources",
     "Size",
     "TrainConfig",
+    "Whole",
 ]
 
 
@@ -30,6 +32,15 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def _no_truth(value: object) -> object:
+    """pydantic would read `gpus: yes` as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {str(value).lower()}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Real = Annotated[float, BeforeValidator(_no_truth)]
 Size = Annotated[
     int,
     BeforeValidator(parse_size),
@@ -50,13 +61,13 @@ _RESERVED_VARIABLES = ("CVLAUNCH_", "SM_CHANNEL_")
 class Resources(Model):
     """What one node needs; `nodes` says how many."""
 
-    nodes: int = Field(1, ge=1, le=1024, description="machines")
-    gpus: int = Field(0, ge=0, le=64, description="GPUs per node; 0 trains on the CPU")
+    nodes: Whole = Field(1, ge=1, le=1024, description="machines")
+    gpus: Whole = Field(0, ge=0, le=64, description="GPUs per node; 0 trains on the CPU")
     gpu: tuple[str, ...] = Field((), description="acceptable GPU models, best first: [A100, L40S]")
-    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+    processes: Literal["auto"] | Annotated[Whole, Field(ge=1, le=64)] = Field(
         "auto", description="training processes per node; auto: one a GPU, one without GPUs"
     )
-    cpus: int | None = Field(None, ge=1, le=1024, description="cores per node")
+    cpus: Whole | None = Field(None, ge=1, le=1024, description="cores per node")
     memory: Size | None = Field(None, description="memory per node: 64GB")
     shm: Literal["auto"] | Size = Field("auto", description="shared memory per node: 16Gi")
     disk: Literal["auto"] | Size = Field("auto", description="scratch disk per node; auto: 1.2 × data + 20 GiB")
@@ -82,14 +93,14 @@ class Resources(Model):
 
 
 class _Train(Model):
-    epochs: int = Field(10, ge=1, le=100_000, description="passes over the training images")
-    batch: int = Field(32, ge=1, le=65_536, description="images per step and process")
-    seed: int = Field(0, ge=0, lt=2**31, description="seeds weights, order and augmentation")
-    workers: int = Field(2, ge=0, le=256, description="data loader processes; 0 loads in the training process")
-    threads: int | None = Field(None, ge=1, le=256, description="CPU threads of one process; none: torch decides")
+    epochs: Whole = Field(10, ge=1, le=100_000, description="passes over the training images")
+    batch: Whole = Field(32, ge=1, le=65_536, description="images per step and process")
+    seed: Whole = Field(0, ge=0, lt=2**31, description="seeds weights, order and augmentation")
+    workers: Whole = Field(2, ge=0, le=256, description="data loader processes; 0 loads in the training process")
+    threads: Whole | None = Field(None, ge=1, le=256, description="CPU threads of one process; none: torch decides")
     init: str | None = Field(None, description="weights to start from: run://RUN/model, a URI or a path")
     checkpoint_every: Duration = Field(900.0, description="longest time between two checkpoints: 15m")
-    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better result")
+    patience: Whole | None = Field(None, ge=1, description="stop after so many epochs without a better result")
 
 
 class ClassifyConfig(_Train):
@@ -98,12 +109,12 @@ class ClassifyConfig(_Train):
     task: Literal["classify"]
     model: str = Field("resnet18", description="a timm model name")
     pretrained: bool = Field(True, description="timm's published weights (network, or the channel `weights`)")
-    image_size: int = Field(224, ge=8, le=4096, description="side of the square input in pixels")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's")
-    warmup: float = Field(0.25, ge=0, lt=1, description="share of all steps in which the rate rises")
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    dropout: float = Field(0.0, ge=0, lt=1, description="timm's drop_rate, before the last layer")
+    image_size: Whole = Field(224, ge=8, le=4096, description="side of the square input in pixels")
+    learning_rate: Real = Field(1e-3, gt=0, le=10, description="peak of the one-cycle schedule")
+    weight_decay: Real = Field(0.05, ge=0, le=1, description="AdamW's")
+    warmup: Real = Field(0.25, ge=0, lt=1, description="share of all steps in which the rate rises")
+    label_smoothing: Real = Field(0.1, ge=0, lt=1)
+    dropout: Real = Field(0.0, ge=0, lt=1, description="timm's drop_rate, before the last layer")
     augment: Literal["none", "shift", "standard"] = Field(
         "standard", description="none; shift: small moves and turns; standard: random resized crop and flip"
     )
@@ -116,8 +127,8 @@ class DetectConfig(_Train):
     task: Literal["detect"]
     model: str = Field("yolo11n", description="an Ultralytics model name")
     pretrained: bool = Field(True, description="Ultralytics' published weights (network, or the channel `weights`)")
-    image_size: int = Field(640, ge=32, le=4096, multiple_of=32, description="longer side of the input in pixels")
-    learning_rate: float | None = Field(None, gt=0, le=10, description="lr0; none: Ultralytics chooses")
+    image_size: Whole = Field(640, ge=32, le=4096, multiple_of=32, description="longer side of the input in pixels")
+    learning_rate: Real | None = Field(None, gt=0, le=10, description="lr0; none: Ultralytics chooses")
     classes: tuple[str, ...] = Field((), description="names by class id; empty: data.yaml in the channel `train`")
     amp: bool = Field(True, description="mixed precision on a GPU")
 
@@ -150,8 +161,8 @@ class JobSpec(Model):
     secrets: dict[str, str] = Field(
         default_factory=dict, description="variable → env:NAME, file:PATH or store:REFERENCE; never a value"
     )
-    retries: int = Field(0, ge=0, le=100, description="restarts after a crash")
-    max_attempts: int = Field(20, ge=1, le=1000, description="starts of all kinds, preemptions included")
+    retries: Whole = Field(0, ge=0, le=100, description="restarts after a crash")
+    max_attempts: Whole = Field(20, ge=1, le=1000, description="starts of all kinds, preemptions included")
     tags: dict[str, str] = Field(default_factory=dict)
     output: str | None = Field(None, description="where runs are kept; normally the target says it")
     native: dict[str, dict[str, Any]] = Field(

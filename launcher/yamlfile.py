@@ -11,13 +11,17 @@ import yaml
 
 from launcher.errors import SpecError
 
-__all__ = ["Document", "KeyPath", "read_yaml"]
+__all__ = ["Document", "KeyPath", "parse_yaml", "read_yaml"]
 
 KeyPath = tuple[str | int, ...]
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 50
 _MAX_NODES = 50_000
+_MAX_DIGITS = 100
+_TEXT = "tag:yaml.org,2002:str"
+_MERGE = "tag:yaml.org,2002:merge"
+_INTEGER = "tag:yaml.org,2002:int"
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,29 @@ class Document:
 
 def read_yaml(path: Path) -> Document:
     """Reads one mapping. SpecError for anything else: binary, broken, too large, too deep, aliases that explode."""
-    text = _read_text(path)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(_lines(node, path)) if node else {}
-        content = yaml.load(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise SpecError(f"not YAML: {error.problem}", file=path, line=mark.line + 1 if mark else None) from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"not YAML: {str(error).splitlines()[0]}", file=path) from error
-    except RecursionError:
-        raise SpecError(f"nested more than {_MAX_DEPTH} levels deep", file=path) from None
-    except ValueError as error:  # such as the date 2026-99-99
-        raise SpecError(f"not YAML: {error}", file=path) from error
+    content, lines = parse_yaml(_read_text(path), file=path)
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise SpecError(f"expected keys and values, found {found}", file=path)
     return Document(path, content, lines)
+
+
+def parse_yaml(text: str, *, file: Path | None = None) -> tuple[Any, dict[KeyPath, int]]:
+    """The value of one YAML document and the lines of its keys. SpecError for what `read_yaml` refuses."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(node, file)) if node else {}
+        return yaml.load(text, Loader=yaml.SafeLoader), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SpecError(f"not YAML: {error.problem}", file=file, line=mark.line + 1 if mark else None) from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"not YAML: {str(error).splitlines()[0]}", file=file) from error
+    except RecursionError:
+        raise SpecError(f"nested more than {_MAX_DEPTH} levels deep", file=file) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What PyYAML's constructors raise on the date 2026-99-99, on `!!bool maybe` and on `!!int ''`.
+        raise SpecError(f"not YAML: a value that is not what its tag or form promises ({error})", file=file) from error
 
 
 def _read_text(path: Path) -> str:
@@ -72,7 +81,7 @@ def _read_text(path: Path) -> str:
         raise SpecError("not a text file (UTF-8)", file=path) from None
 
 
-def _lines(root: yaml.Node, file: Path) -> Iterator[tuple[KeyPath, int]]:
+def _lines(root: yaml.Node, file: Path | None) -> Iterator[tuple[KeyPath, int]]:
     """Walks aliases as often as they are used, so that a bomb is met here, before anything is built from it."""
     count = 0
     stack: list[tuple[KeyPath, yaml.Node]] = [((), root)]
@@ -90,15 +99,25 @@ def _lines(root: yaml.Node, file: Path) -> Iterator[tuple[KeyPath, int]]:
         elif isinstance(node, yaml.SequenceNode):
             stack += [((*path, i), value) for i, value in enumerate(node.value)]
             yield from (((*path, i), value.start_mark.line + 1) for i, value in enumerate(node.value))
+        elif node.tag == _INTEGER and len(node.value) > _MAX_DIGITS:
+            raise SpecError(f"a number of {len(node.value)} digits", file=file, line=line, key=_dotted(path))
 
 
-def _keys(path: KeyPath, node: yaml.MappingNode, file: Path) -> Iterator[tuple[KeyPath, int]]:
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _keys(path: KeyPath, node: yaml.MappingNode, file: Path | None) -> Iterator[tuple[KeyPath, int]]:
     seen: set[str] = set()
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise SpecError("a key must be a word", file=file, line=line)
-        if key.value in seen and key.value != "<<":
-            raise SpecError("given twice", file=file, line=line, key=".".join(map(str, (*path, key.value))))
+        if key.tag not in (_TEXT, _MERGE):  # 1, null, and in YAML 1.1 also on, off, yes and no
+            raise SpecError(
+                f"YAML takes the key {key.value!r} for something else than text; quote it", file=file, line=line
+            )
+        if key.value in seen and key.tag != _MERGE:
+            raise SpecError("given twice", file=file, line=line, key=_dotted((*path, key.value)))
         seen.add(key.value)
         yield (*path, str(key.value)), line

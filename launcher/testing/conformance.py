@@ -1,0 +1,334 @@
+"""The promises. Each test takes the fixture `world`; `ledger` and `job` are made here."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher import Run, State, contract, render, submit
+from launcher.backends import load_backend
+from launcher.backends.base import Feature, Handle
+from launcher.errors import ConflictError
+from launcher.ledger import Ledger
+from launcher.status import Status
+from launcher.submission import backend_of
+from launcher.testing.world import World
+
+__all__ = [
+    "job",
+    "ledger",
+    "run_job",
+    "test_a_cancelled_run_never_comes_back",
+    "test_a_doubled_submission_runs_once",
+    "test_a_failed_command_keeps_its_exit_code",
+    "test_a_handle_is_enough_to_ask_again",
+    "test_a_handle_of_nothing_is_no_success",
+    "test_a_preempted_job_starts_again",
+    "test_a_taken_run_id_is_refused",
+    "test_bad_configuration_is_not_retried",
+    "test_crashes_are_retried",
+    "test_every_feature_is_answered",
+    "test_every_folder_has_one_writer",
+    "test_hostile_values_arrive_unchanged",
+    "test_logs_can_be_resumed",
+    "test_many_runs_are_asked_at_once",
+    "test_remove_leaves_nothing",
+    "test_rendering_is_what_is_sent",
+    "test_rendering_says_what_the_job_says",
+    "test_results_come_home_in_one_layout",
+    "test_secrets_stay_secret",
+]
+
+HOSTILE = {
+    "QUOTES": 'it\'s "quoted" `twice`',
+    "SHELL": "$(touch /tmp/cvlaunch-was-here); ${HOME} && rm -rf / #",
+    "TEMPLATE": "{{ 7 * 7 }} {% raw %}",
+    "LINES": "one\ntwo\n\n three\\n",
+    "YAML": "no: [yes, *a, &b] # {x}\t|",
+    "UNICODE": "ünïcödé ☃ \u202e 💾",
+    "SPACES": "  both ends  ",
+    "EMPTY": "",
+}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger", tmp_path / "cache")
+
+
+@pytest.fixture
+def job(tmp_path: Path, world: World) -> Callable[..., Path]:
+    """Writes a job file whose command is a Python script, and the targets.yaml that leads to the world."""
+
+    def write(script: str, **keys: Any) -> Path:
+        folder = tmp_path / "project"
+        folder.mkdir(exist_ok=True)
+        (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": {**world.target}}}))
+        path = folder / "job.yaml"
+        command = [world.python(), "-u", "-c", textwrap.dedent(script)]
+        path.write_text(yaml.safe_dump({"name": "promise", "command": command, **keys}, allow_unicode=True))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_job(job: Callable[..., Path], ledger: Ledger, world: World) -> Iterator[Callable[..., Run]]:
+    """Submits a script; whatever still runs at the end of the test is cancelled."""
+    started: list[Run] = []
+
+    def start(script: str, *, run_id: str | None = None, **keys: Any) -> Run:
+        path = job(script, **keys)
+        run = submit(path, target="world", settings=world.settings, run_id=run_id, ledger=ledger)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.id in ledger.ids():
+            run.cancel()
+
+
+def end_of(run: Run, world: World) -> Status:
+    return run.wait(timeout=world.patience)
+
+
+def until(condition: Callable[[], object], world: World) -> None:
+    deadline = time.monotonic() + world.patience
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def text_of(run: Run) -> str:
+    return "\n".join(line.text for line in run.logs())
+
+
+def test_every_feature_is_answered(world: World) -> None:
+    features = load_backend(world.backend).features
+    assert set(features) == set(Feature)
+    assert all(support.reason for support in features.values() if not support.supported)
+
+
+def test_every_folder_has_one_writer(world: World) -> None:
+    for transport in load_backend(world.backend).transports.values():
+        assert set(transport.movers) == set(contract.OUTPUT_FOLDERS)
+        assert set(transport.movers.values()) <= {"in_place", "runner", "platform"}
+        assert set(transport.channels.values()) <= {"path", "mounted", "staged"}
+
+
+def test_rendering_is_what_is_sent(job: Callable[..., Path], run_job: Callable[..., Run], world: World) -> None:
+    path = job("print('hello')")
+    first = render(path, target="world", settings=world.settings)
+    assert render(path, target="world", settings=world.settings) == first
+    run = run_job("print('hello')")
+    assert run.handle is not None
+    assert world.sent(run.handle) == run.record.plan["text"]
+    assert run.record.plan["text"].replace(run.id, first.run_id) == first.text
+    assert end_of(run, world).state is State.SUCCEEDED
+
+
+def test_rendering_says_what_the_job_says(job: Callable[..., Path], world: World) -> None:
+    path = job("print('hello')", env={"GREETING": "hello"}, retries=3, resources={"timeout": "90m"}, tags={"a": "b"})
+    plan = render(path, target="world", settings=world.settings)
+    facts = world.facts(plan.text, plan.files)
+    assert facts.argv[-1] == "launcher.runner" or facts.argv[-1].endswith("cvlaunch-run")
+    assert (facts.gpus, facts.nodes) == (0, 1)
+    described = contract.JobFile.from_bytes(json.dumps(facts.job).encode())
+    assert described.run_id == plan.run_id
+    assert described.job_digest == plan.job_digest
+    assert described.command is not None
+    assert described.command[-1] == "print('hello')"
+    assert (described.env, described.retries, described.timeout_s) == ({"GREETING": "hello"}, 3, 5400)
+    assert set(described.movers) == set(contract.OUTPUT_FOLDERS)
+
+
+def test_results_come_home_in_one_layout(run_job: Callable[..., Run], world: World, tmp_path: Path) -> None:
+    run = run_job("""
+        import json, os, pathlib
+        output, model = pathlib.Path(os.environ["CVLAUNCH_OUTPUT"]), pathlib.Path(os.environ["CVLAUNCH_MODEL"])
+        for step in range(3):
+            line = {"step": step, "epoch": step, "time": 0, "split": "val", "values": {"accuracy": step / 4}}
+            with (output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\\n")
+        (model / "model.bin").write_bytes(b"weights")
+        print("done")
+    """)
+    status = end_of(run, world)
+    assert (status.state, status.exit_code) == (State.SUCCEEDED, 0)
+    assert run.metrics().summary() == {"val/accuracy": 0.5}
+    folder = run.sync(tmp_path / "home").path
+    assert (folder / "model/model.bin").read_bytes() == b"weights"
+    assert len((folder / contract.METRICS).read_text().splitlines()) == 3
+    assert json.loads((folder / contract.RESULT).read_text())["state"] == "SUCCEEDED"
+    assert json.loads((folder / contract.STARTED).read_text())["run_id"] == run.id
+    assert any("done" in path.read_text() for path in (folder / contract.LOGS).iterdir())
+
+
+def test_a_failed_command_keeps_its_exit_code(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("import sys; print('the reason', file=sys.stderr); sys.exit(3)")
+    status = end_of(run, world)
+    assert (status.state, status.exit_code) == (State.FAILED, 3)
+    assert "the reason" in text_of(run)
+
+
+def test_crashes_are_retried(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("""
+        import os, pathlib, sys
+        mark = pathlib.Path(os.environ["CVLAUNCH_CHECKPOINTS"]) / "crashed"
+        first = not mark.exists()
+        mark.touch()
+        sys.exit(9 if first else 0)
+    """, retries=1)  # fmt: skip
+    assert end_of(run, world).state is State.SUCCEEDED
+
+
+def test_bad_configuration_is_not_retried(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("import sys; print('started'); sys.exit(64)", retries=5)
+    status = end_of(run, world)
+    assert (status.state, status.exit_code) == (State.FAILED, contract.EXIT_BAD_CONFIG)
+    assert text_of(run).splitlines().count("started") == 1
+
+
+STOPPABLE = """
+    import os, pathlib, sys, time
+    from launcher.contract import Layout, complete_checkpoint, newest_checkpoint
+    layout = Layout.from_environment()
+    newest = newest_checkpoint(layout.checkpoints)
+    print("starts from", newest.name if newest else None)
+    if newest:
+        sys.exit(0)
+    while not layout.stop.exists():
+        time.sleep(0.05)
+    step = layout.checkpoints / "1"
+    step.mkdir(parents=True)
+    (step / "state").write_text("half way")
+    complete_checkpoint(step, step=1)
+    sys.exit(75)
+"""
+
+
+def test_a_preempted_job_starts_again(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job(STOPPABLE)
+    until(lambda: "starts from None" in text_of(run), world)
+    assert run.handle is not None
+    world.preempt(run.handle)
+    status = end_of(run, world)
+    assert (status.state, status.attempt) == (State.SUCCEEDED, 2)
+    assert "starts from 1" in text_of(run)
+
+
+def test_a_cancelled_run_never_comes_back(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job(STOPPABLE, retries=5)
+    until(lambda: "starts from None" in text_of(run), world)
+    run.cancel()
+    status = end_of(run, world)
+    assert status.state is State.CANCELLED
+    assert run.cancel().state is State.CANCELLED
+    assert text_of(run).count("starts from") == 1
+
+
+def test_a_handle_is_enough_to_ask_again(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("print('hello')")
+    end_of(run, world)
+    handle = Handle.parse(str(run.handle))
+    answers = backend_of(run.record).status([handle])
+    assert answers[handle].state is State.SUCCEEDED
+    assert backend_of(run.record).find([run.id, "nobody-0000000000"]) == {run.id: handle}
+
+
+def test_a_handle_of_nothing_is_no_success(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("print('hello')")
+    assert run.handle is not None
+    nothing = Handle(run.handle.backend, run.handle.target, "nobody-0000000000")
+    assert backend_of(run.record).status([nothing])[nothing].state in (State.UNKNOWN, State.LOST)
+
+
+def test_many_runs_are_asked_at_once(run_job: Callable[..., Run], world: World) -> None:
+    started = [run_job(f"print('run {i}')") for i in range(5)]
+    for i, run in enumerate(started):
+        assert end_of(run, world).state is State.SUCCEEDED
+        assert f"run {i}" in text_of(run)
+    handles = [run.handle for run in started if run.handle]
+    answers = backend_of(started[0].record).status(handles)
+    assert [answers[handle].state for handle in handles] == [State.SUCCEEDED] * 5
+
+
+def test_a_doubled_submission_runs_once(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("""
+        import os, pathlib, time
+        mark = pathlib.Path(os.environ["CVLAUNCH_OUTPUT"]) / f"ran-{os.getpid()}"
+        mark.touch()
+        print("ran")
+        time.sleep(3)
+    """)
+    until(lambda: "ran" in text_of(run), world)
+    assert run.handle is not None
+    world.submit_again(run.handle)
+    assert end_of(run, world).state is State.SUCCEEDED
+    time.sleep(1)
+    assert len([e for e in run.store().list("output/") if e.path.startswith("output/ran-")]) == 1
+
+
+def test_a_taken_run_id_is_refused(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("print('first')", run_id="promise-taken")
+    with pytest.raises(ConflictError):
+        run_job("print('second')", run_id="promise-taken")
+    assert end_of(run, world).state is State.SUCCEEDED
+    assert "second" not in text_of(run)
+
+
+def test_hostile_values_arrive_unchanged(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job(
+        "import json, os, sys; print('GOT' + json.dumps([dict(os.environ), sys.argv[1:]]))",
+        env=HOSTILE,
+        tags={"hostile": HOSTILE["SHELL"]},
+    )
+    assert end_of(run, world).state is State.SUCCEEDED
+    (line,) = [line for line in text_of(run).splitlines() if line.startswith("GOT")]
+    environ, _ = json.loads(line.removeprefix("GOT"))
+    assert {name: environ[name] for name in HOSTILE} == HOSTILE
+    assert not Path("/tmp/cvlaunch-was-here").exists()  # noqa: S108 that is what the value would make
+
+
+def test_logs_can_be_resumed(run_job: Callable[..., Run], world: World) -> None:
+    run = run_job("for i in range(20): print('line', i)")
+    end_of(run, world)
+    lines = [line for line in run.logs() if line.text.startswith("line ")]
+    assert [line.text for line in lines] == [f"line {i}" for i in range(20)]
+    again = list(run.logs(since=lines[-1].cursor))
+    assert not [line for line in again if line.text.startswith("line ")]
+
+
+def test_secrets_stay_secret(run_job: Callable[..., Run], world: World, ledger: Ledger, tmp_path: Path) -> None:
+    canary = "canary-5f1c9a-very-secret"
+    file = tmp_path / "token"
+    file.write_text(canary)
+    file.chmod(0o600)
+    run = run_job(
+        "import os; print('length', len(os.environ['TOKEN'])); print('value', os.environ['TOKEN'])",
+        secrets={"TOKEN": f"file:{file}"},
+    )
+    assert end_of(run, world).state is State.SUCCEEDED
+    assert f"length {len(canary)}" in text_of(run)
+    assert canary not in text_of(run)
+    assert canary not in run.record.plan["text"]
+    seen = [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
+    assert [path for path in seen if canary.encode() in path.read_bytes()] == []
+
+
+def test_remove_leaves_nothing(run_job: Callable[..., Run], world: World, ledger: Ledger) -> None:
+    run = run_job("print('hello')")
+    end_of(run, world)
+    store = run.store()
+    run.remove(remote=True)
+    assert list(store.list()) == []
+    assert run.id not in ledger.ids()
+    assert backend_of(run.record).find([run.id]) == {}

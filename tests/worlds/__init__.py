@@ -1,0 +1,1 @@
+"""One world for each backend that the registry knows."""

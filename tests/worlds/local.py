@@ -1,0 +1,59 @@
+"""This machine is its own world."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.backends.base import Handle
+from launcher.supervisor import SupervisorFolder
+from launcher.testing import ContainerFacts
+
+
+class LocalWorld:
+    backend = "local"
+    settings = ()
+    patience = 60.0
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def target(self) -> Mapping[str, Any]:
+        return {"backend": "local", "output": str(self._folder / "output"), "root": str(self._folder / "local")}
+
+    def python(self) -> str:
+        return sys.executable
+
+    def facts(self, text: str, files: Mapping[str, bytes | str]) -> ContainerFacts:
+        plan = json.loads(text)
+        return ContainerFacts(plan["argv"], plan["env"], plan["job"], plan["limits"]["gpus"], plan["job"]["nodes"])
+
+    def sent(self, handle: Handle) -> str:
+        return self._supervisor(handle).plan.read_text()
+
+    def submit_again(self, handle: Handle) -> None:
+        """A second supervisor with the same plan, in a folder where the first one's lock does not stop it."""
+        again = SupervisorFolder(self._folder / "again" / handle.native)
+        again.path.mkdir(parents=True)
+        again.plan.write_text(self.sent(handle))
+        subprocess.run(
+            [sys.executable, "-m", "launcher.supervisor", str(again.path)], check=True, timeout=self.patience
+        )
+
+    def preempt(self, handle: Handle) -> None:
+        record = None
+        while record is None or record.runner is None:
+            record = self._supervisor(handle).record()
+            time.sleep(0.05)
+        os.kill(record.runner.pid, signal.SIGTERM)
+
+    def _supervisor(self, handle: Handle) -> SupervisorFolder:
+        return SupervisorFolder(self._folder / "local" / handle.native)

@@ -44,9 +44,8 @@ def need_of(train: ClassifyConfig | DetectConfig | None, processes: int) -> int 
 
 
 def _classify(train: ClassifyConfig) -> int:
-    """One loader is busy at a time; its workers hand over normalised float32 images."""
-    batch = image_batch_bytes(train.batch, train.image_size, bytes_per_value=4)
-    return loader_need(train.workers, _TORCH_PREFETCH, batch_bytes=batch)
+    """One loader is busy at a time; its workers hand over uint8 images, normalised on the device."""
+    return loader_need(train.workers, _TORCH_PREFETCH, batch_bytes=image_batch_bytes(train.batch, train.image_size))
 
 
 def _detect(train: DetectConfig) -> int:

@@ -36,8 +36,8 @@ def test_image_batch_bytes(batch: int, size: int, options: dict[str, int], expec
         (None, 1, None),
         (ClassifyConfig(task="classify", workers=0), 1, 64),
         (ClassifyConfig(task="classify", batch=32, workers=2, image_size=32), 1, 64),
-        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 1, 448),  # 312 × 1.25 = 390
-        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 8, 3136),  # 8 × 390 = 3124
+        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 1, 128),  # 17 × 4.6 MiB × 1.25 = 98
+        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 8, 832),  # 8 × 98 = 781
         (DetectConfig(task="detect", batch=16, workers=8, image_size=640), 1, 2368),  # 3 × 33 × 18.75 MiB × 1.25 = 2320
     ],
 )

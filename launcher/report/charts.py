@@ -87,7 +87,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One quantity. judged: it has better and worse values. description: the chart in words, for those who can't see it."""
+    """One quantity. judged: it has better and worse values. description: the chart in words, for screen readers."""
 
     title: str
     x_ticks: tuple[Tick, ...]
@@ -123,7 +123,7 @@ def draw(title: str, curves: Sequence[Curve]) -> Chart | None:
         return None
     values = [value for points in finite for _, value in points]
     log = goal is Goal.LOW and _spans_decades(values)
-    steps = [step for points in finite for step, _ in points]
+    steps = [step for curve in curves for step, _ in curve.points]  # also of lost values: where a run broke must show
     x = _Axis(*_padded(_from_zero(min(steps), max(steps)), max(steps), share=0.0), LEFT, RIGHT)
     y = _value_axis(values, log)
     smooth = 0 if goal is Goal.NONE else max(_window(len(points)) for points in finite)

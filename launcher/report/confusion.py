@@ -20,13 +20,16 @@ _PAIRS = 15
 _CELL = 8.0
 _LABEL_WIDTH = 92.0
 _LONGEST_LABEL = 18
-_FAINTEST = 8
+_FAINTEST = 10
 """Per cent of colour: a single confusion among thousands must still be seen."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell. shade: 0-100, its share of the row. kind: `hit` on the diagonal, else `miss`, `zero` if empty."""
+    """One cell. kind: `hit` on the diagonal, else `miss`, `zero` if empty.
+
+    shade: per cent of colour. Of a hit its share of the row; of a miss the root of it, as misses are small shares.
+    """
 
     text: str
     shade: int
@@ -148,11 +151,12 @@ class Confusion:
 
     def _cell(self, i: int, j: int) -> Cell:
         count = self.counts[i][j]
-        share = round(100 * count / self._true[i]) if self._true[i] else 0
+        share = count / self._true[i] if self._true[i] else 0.0
+        shade = round(100 * (share if i == j else math.sqrt(share)))
         kind = "zero" if not count else "hit" if i == j else "miss"
         what = "right" if i == j else f"taken for {self.classes[j]}"
-        title = f"{self.classes[i]}: {format_value(count)} of {format_value(self._true[i])} {what} ({share} %)"
-        return Cell(format_value(count), max(share, _FAINTEST) if count else 0, kind, title, j * _CELL, i * _CELL)
+        title = f"{self.classes[i]}: {format_value(count)} of {format_value(self._true[i])} {what} ({share:.0%})"
+        return Cell(format_value(count), max(shade, _FAINTEST) if count else 0, kind, title, j * _CELL, i * _CELL)
 
     def _class_row(self, i: int) -> ClassRow:
         hits, true, predicted = self.counts[i][i], self._true[i], self._predicted[i]

@@ -232,14 +232,16 @@ def _environment(environment: Mapping[str, object]) -> Iterator[tuple[str, str]]
 
 
 def _gpus(gpus: list[object]) -> list[str]:
+    """`2 × NVIDIA H200 (141.0 GiB, driver 570.1)`; facts under our names or nvidia-smi's."""
     kinds: dict[str, int] = {}
     for gpu in gpus:
         facts = gpu if isinstance(gpu, dict) else {"name": gpu}
-        memory, driver = _amount(facts.get("memory")), _text(facts.get("driver"))
-        details = [format_size(memory)] if memory else []
-        details += [f"driver {driver}"] if driver else []
+        size = _amount(facts.get("memory"))
+        memory = format_size(size) if size else _text(facts.get("memory.total"))
+        driver = _text(facts.get("driver")) or _text(facts.get("driver_version"))
+        details = ", ".join(filter(None, (memory, f"driver {driver}" if driver else "")))
         text = _text(facts.get("name")) or "GPU"
-        kind = f"{text} ({', '.join(details)})" if details else text
+        kind = f"{text} ({details})" if details else text
         kinds[kind] = kinds.get(kind, 0) + 1
     return [f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()]
 

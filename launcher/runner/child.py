@@ -33,7 +33,7 @@ class Child:
         self._command = command
         self._log = log
         self._first_rank = first_rank
-        self._process = _start(command)
+        self._process, self._pipe = _start(command)
         self._groups = {self._process.pid}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -89,10 +89,8 @@ class Child:
             signal_group(group, number)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
         splitter = LineSplitter()
-        fd = self._process.stdout.fileno()
-        while data := os.read(fd, 1 << 16):
+        while data := os.read(self._pipe, 1 << 16):
             self._log_lines(splitter.feed(data))
         self._log_lines(splitter.end())
 
@@ -104,20 +102,26 @@ class Child:
                 self._log.line(str(self._first_rank), line)
 
 
-def _start(command: Command) -> subprocess.Popen[bytes]:
+def _start(command: Command) -> tuple[subprocess.Popen[bytes], int]:
+    """The process and the reading end of its output."""
+    reading, writing = os.pipe()
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command.argv,
             env=dict(command.env),
             cwd=command.cwd,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=writing,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
+        os.close(reading)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SpecError(f"the command {command.argv[0]!r} can't be started: {reason}") from error
+    finally:
+        os.close(writing)
+    return process, reading
 
 
 @dataclass(frozen=True)

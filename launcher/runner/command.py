@@ -56,7 +56,13 @@ def trainer_folder() -> Path:
 
 
 def build_command(
-    job: JobFile, override: Sequence[str] | None, *, env: Mapping[str, str], ranks: Ranks, code: Path | None, scratch: Path
+    job: JobFile,
+    override: Sequence[str] | None,
+    *,
+    env: Mapping[str, str],
+    ranks: Ranks,
+    code: Path | None,
+    scratch: Path,
 ) -> Command:
     """override: the command from the runner's own command line. code: the job's code folder."""
     argv = _argv(job, override)
@@ -92,6 +98,7 @@ def uses_torchrun(argv: Sequence[str], world_size: int) -> bool:
 
 def _torchrun(python: str, ranks: Ranks, processes: int, scratch: Path) -> tuple[str, ...]:
     """--no-python: each rank runs the command as it stands, with its own interpreter options."""
+    rendezvous: tuple[str, ...]
     if ranks.nodes == 1:  # the agent takes a free port, so that two runs on one machine never collide
         rendezvous = ("--standalone", "--local-addr", "127.0.0.1", "--nnodes", "1")
     else:

@@ -1,6 +1,7 @@
 """PID 1 of a container: forwards signals, reaps whatever dies, exits with the child's code.
 
-It has to be a process of its own: reaping beside `Popen` takes the command's exit code away, and a failed job ends with 0.
+It has to be a process of its own: reaping beside `Popen` takes the command's exit code away, and a failed job would
+end with 0.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def wait_for_master(
     every_s: float = 2.0,
     resolve: Callable[[str], object] = socket.gethostbyname,
 ) -> None:
-    """Until the name of rank 0 resolves: SageMaker's and Kubernetes' names appear late. UnreachableError after `tries`."""
+    """Until the name of rank 0 resolves, which platforms announce late. UnreachableError after `tries`."""
     for _ in range(tries):
         try:
             resolve(ranks.master_addr)

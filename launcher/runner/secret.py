@@ -49,5 +49,5 @@ def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
     except ValueError:
         value = None
     if not isinstance(value, str):  # `from error` would print the value
-        raise SpecError("expected NAME=\"VALUE\" with VALUE as a JSON string", file=path, line=number)
+        raise SpecError('expected NAME="VALUE" with VALUE as a JSON string', file=path, line=number)
     return name, value

@@ -1,0 +1,59 @@
+"""The order of a run, from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from launcher.contract import EXIT_CANCELLED, EXIT_PREEMPTED, OWNER, Layout
+from launcher.errors import CvlaunchError
+from launcher.runner.attempt import Attempt, exit_code_of_error
+from launcher.runner.init import stand_aside_as_init
+from launcher.runner.job import USAGE, command_of_arguments, read_job
+from launcher.runner.logs import RunLog
+from launcher.runner.place import NothingToRun, enter, find_place
+from launcher.runner.result import write_failure
+from launcher.runner.stop import Reason, Stop, Stopped
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(f"{USAGE}\n")
+        sys.exit(0)
+    stand_aside_as_init()
+    stop = Stop()
+    stop.install()
+    code = _run(arguments, dict(os.environ), stop, RunLog())
+    sys.stdout.flush()
+    os._exit(code)  # a thread that hangs in a store must not keep the machine
+
+
+def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: RunLog) -> int:
+    try:
+        override = command_of_arguments(arguments)
+        source = stop.during(lambda abort: read_job(environ))
+        place = stop.during(lambda abort: find_place(source, environ, log))
+        owner = stop.during(lambda abort: enter(place, source.data, environ))
+    except Stopped:
+        return EXIT_CANCELLED if stop.reason is Reason.CANCELLED else EXIT_PREEMPTED
+    except NothingToRun as reason:
+        log.say(str(reason))
+        return reason.exit_code
+    except CvlaunchError as error:
+        log.say(str(error))
+        _leave_failure(environ, str(error))
+        return exit_code_of_error(error)
+    return Attempt(place, owner.attempt, override=override, environ=environ, stop=stop, log=log).run()
+
+
+def _leave_failure(environ: Mapping[str, str], text: str) -> None:
+    """For a platform that shows it; the run's own folder isn't ours yet, so only where there is a folder already."""
+    layout = Layout.from_environment(environ)
+    owned = (layout.root / OWNER).exists()
+    if layout.output.is_dir() and os.access(layout.output, os.W_OK) and not owned:
+        write_failure(layout.failure, text, [])

@@ -1,0 +1,86 @@
+"""Entering a run: folders, the output store, `started.json`, the cancel mark, the claim. No data is fetched before."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from launcher import contract
+from launcher._version import __version__
+from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, STARTED, JobFile, Layout, canonical_json
+from launcher.errors import SpecError
+from launcher.runner.claim import Owner, claim, owner_here
+from launcher.runner.job import JobSource
+from launcher.runner.logs import RunLog
+from launcher.runner.ranks import Ranks, find_ranks
+from launcher.runner.root import choose_root, in_place, make_folders
+from launcher.stores import StorageOptions, Store, file_uri, join_uri, open_store
+
+__all__ = ["NothingToRun", "Place", "enter", "find_place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """layout: what the command sees. home: where this node's own files stand. where: their prefix in the store."""
+
+    job: JobFile
+    layout: Layout
+    home: Layout
+    store: Store
+    ranks: Ranks
+    where: str
+
+    @property
+    def first(self) -> bool:
+        """Whether this is node 0, which owns the run's files."""
+        return self.ranks.node_rank == 0
+
+
+class NothingToRun(Exception):  # noqa: N818 - no error
+    """Another submission runs this run, or it is cancelled."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def find_place(source: JobSource, environ: Mapping[str, str], log: RunLog) -> Place:
+    """SpecError or AuthError if the output can't be written, naming the permission."""
+    job = source.job
+    layout, remark = choose_root(job, environ)
+    if remark:
+        log.say(remark)
+    uri = file_uri(layout.root) if in_place(job) else join_uri(job.output, job.run_id)
+    store = open_store(uri, StorageOptions.from_mapping(job.storage))
+    store.check_writable()
+    ranks = find_ranks(job.nodes, environ, layout.root)
+    where = f"nodes/{ranks.node_rank}/" if ranks.node_rank else ""
+    return Place(job, layout, Layout(layout.root / where), store, ranks, where)
+
+
+def enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
+    """Who runs this run: us. NothingToRun if it is cancelled or another's. data: the bytes of job.json."""
+    me = _owner_here(place.job.run_id, environ)
+    facts = {"contract": contract.CONTRACT, "cvlaunch": __version__, "root": str(place.layout.root), **asdict(me)}
+    with contextlib.suppress(FileExistsError):  # of an earlier attempt
+        place.store.write(place.where + STARTED, canonical_json(facts) + b"\n", if_absent=True)
+    if place.store.head(CANCEL) is not None:
+        raise NothingToRun(f"{me.run_id} is cancelled; nothing is started", EXIT_CANCELLED)
+    owner = claim(place.store, me, counted="CVLAUNCH_ATTEMPT" in environ) if place.first else me
+    if owner is None:
+        raise NothingToRun(f"{me.run_id} was submitted twice and runs elsewhere; nothing is started", EXIT_DONE)
+    if owner.attempt > place.job.max_attempts:
+        raise SpecError(f"attempt {owner.attempt} is more than max_attempts, {place.job.max_attempts}")
+    make_folders(place.layout)
+    if not place.layout.job.exists() or place.layout.job.read_bytes() != data:
+        place.layout.job.write_bytes(data)
+    return owner
+
+
+def _owner_here(run_id: str, environ: Mapping[str, str]) -> Owner:
+    try:
+        return owner_here(run_id, environ, time.time())
+    except ValueError as error:
+        raise SpecError(f"CVLAUNCH_ATTEMPT is {environ['CVLAUNCH_ATTEMPT']!r}; expected a number") from error

@@ -371,11 +371,11 @@ def test_job_json_in_the_root_and_an_unfinished_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     (folder / "input/config/job.json").rename(folder / "job.json")
     (folder / "output/result.json").unlink()
-    write(folder, "started.json", {"started": 1_763_766_000})
+    write(folder, "started.json", {"time": 1_763_766_000.5})
 
     page = Page(render_report([folder]))
 
-    assert "STARTED" in page.text
+    assert "STARTED digits-06a1 2025-11-21 23:00 UTC" in page.text
     assert "the run has not ended, or its end is not synced" in page.text
     assert "train.epochs" in page.text
 

@@ -148,7 +148,7 @@ def read_folder(folder: Path) -> RunFolder:
     card = files.json(MODEL_CARD)
     confusion = _confusion(files)
     plots = tuple(_plots(files, skip="confusion_matrix.png" if confusion else ""))
-    begin, end = _amount(result.get("started")) or _amount(started.get("started")), _amount(result.get("ended"))
+    begin, end = _amount(result.get("started")) or _amount(started.get("time")), _amount(result.get("ended"))
     run_id = _text(result.get("run_id")) or _text(job.get("run_id")) or folder.name or folder.resolve().name
     return RunFolder(
         run_id=run_id,

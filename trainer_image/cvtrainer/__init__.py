@@ -1,0 +1,1 @@
+"""The built-in trainer: `python -m cvtrainer` inside a job. It knows the contract's folders, no platforms."""

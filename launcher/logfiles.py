@@ -5,6 +5,7 @@ A line is `2026-11-21T23:19:31.123Z [0] text`; the tag is the rank, `-` the runn
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -56,7 +57,7 @@ def follow_logs(
 
 def _files(store: Store) -> Iterator[tuple[str, int, int]]:
     seen = set()
-    for prefix in (f"{LOGS}/", f"{SEGMENTS}/{LOGS}/"):
+    for prefix in (LOGS, f"{SEGMENTS}/{LOGS}"):
         for entry in store.list(prefix):
             match = _FILE.search(entry.path)
             if match and match[0] not in seen:
@@ -75,8 +76,8 @@ def _new_lines(store: Store, path: str, attempt: int, node: int, cursors: dict[s
 
 
 def _cursors_text(cursors: dict[str, Cursor]) -> str:
-    return json.dumps({path: cursor.to_text() for path, cursor in cursors.items()})
+    return json.dumps({path: dataclasses.astuple(cursor) for path, cursor in cursors.items()})
 
 
 def _cursors_from(text: str) -> dict[str, Cursor]:
-    return {path: Cursor.from_text(value) for path, value in json.loads(text).items()} if text else {}
+    return {path: Cursor(*value) for path, value in json.loads(text).items()} if text else {}

@@ -77,7 +77,7 @@ def job_file(backend: Backend, job: Job, run_id: str) -> JobFile:
         timeout_s=resources.timeout,
         grace_s=resources.grace,
         tags=spec.tags,
-        storage=job.target.storage.options.to_mapping(),
+        storage=job.storage,
         cvlaunch=job.version,
     )
 
@@ -122,7 +122,7 @@ def _tojson(value: object) -> _Filtered:
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    raise TypeError(f"{value} has no JSON form")  # for an undefined name, Jinja's own error comes first
 
 
 def _sh(value: object) -> _Filtered:

@@ -77,6 +77,7 @@ def resolve(
         ),
         shm=shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm,
         disk=_disk(spec, channels),
+        storage=selected.target.storage.options.portable().to_mapping(),
         unpinned=tuple(_unpinned(channels, image, code)),
         warnings=tuple(resolver.warnings),
         version=__version__,

@@ -152,8 +152,9 @@ def _write_secrets(path: Path, secrets: Mapping[str, str]) -> None:
 
 
 def _spawn(folder: SupervisorFolder, lock: int) -> None:
+    """The process that is started forks and ends at once, so that the supervisor is no child of ours."""
     with folder.log.open("ab") as log:
-        subprocess.Popen(
+        subprocess.run(
             [sys.executable, "-m", "launcher.supervisor", str(folder.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -161,10 +162,13 @@ def _spawn(folder: SupervisorFolder, lock: int) -> None:
             pass_fds=(lock,),
             start_new_session=True,
             cwd="/",
+            check=True,
         )
 
 
 def main() -> int:
+    if os.fork():
+        return 0
     folder = SupervisorFolder(Path(sys.argv[1]))
     plan = json.loads(folder.plan.read_text())
     adopt_orphans()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("launcher.testing.conformance")
 pytest_plugins = ["tests.s3_fixtures"]
 
 _ALL = os.environ.get("CVLAUNCH_TEST_ALL") == "1"

@@ -6,7 +6,7 @@ A backend module holds tables (words → State, errors → ours, features, rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -112,7 +112,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class ContainerRules:
-    """What the platform does to a container; read by rehearsal and by the test worlds. Sizes in bytes, times in seconds.
+    """What the platform does to a container; read by rehearsal and by the test worlds.
+
+    Sizes in bytes, times in seconds.
 
     uid: None is the caller's, `random` a high one. shm: None is the host's. grace_s: None is what the job asks for.
     """
@@ -153,7 +155,7 @@ class Job:
     """A resolved job: complete and frozen. All I/O is behind it.
 
     output: base URI; the run's folder is `<output>/<run_id>`. unpinned: what the digest can't vouch for.
-    shm, disk: bytes. code_archive: path of the archive on this machine.
+    shm, disk: bytes. storage: StorageOptions for the runner. code_archive: path of the archive on this machine.
     """
 
     spec: JobSpec
@@ -169,6 +171,7 @@ class Job:
     digest: str
     shm: int | None
     disk: int
+    storage: Mapping[str, str] = field(default_factory=dict)
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     version: str = ""

@@ -44,9 +44,9 @@ class LocalWorld:
         again = SupervisorFolder(self._folder / "again" / handle.native)
         again.path.mkdir(parents=True)
         again.plan.write_text(self.sent(handle))
-        subprocess.run(
-            [sys.executable, "-m", "launcher.supervisor", str(again.path)], check=True, timeout=self.patience
-        )
+        subprocess.run([sys.executable, "-m", "launcher.supervisor", str(again.path)], check=True)
+        while again.exit() is None:
+            time.sleep(0.05)
 
     def preempt(self, handle: Handle) -> None:
         record = None

@@ -1,0 +1,425 @@
+"""Bringing runs home: one layout, incremental, resumable after a kill; following a file; tar files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.errors import CapacityError, IntegrityError, SpecError
+from launcher.stores import Store, open_store
+from launcher.sync import Cursor, read_appended, sync_run, unpack_tar
+from tests.s3_fixtures import Bucket
+
+
+@pytest.fixture(params=["folder", "moto", "rclone"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "runs" / "shapes-1"))
+    bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return bucket.store()
+
+
+TREE = {
+    "started.json": b"{}",
+    "output/result.json": b"{}",
+    "output/logs/rank-0.txt": b"line\n",
+    "model/weights.pt": b"w" * 5000,
+    "checkpoints/10/complete.json": b"{}",
+    "nodes/1/logs/rank-1.txt": b"line\n",
+}
+NOT_HOME = {
+    "owner": b"me",
+    "heartbeat": b"1",
+    "control/cancel": b"",
+    "input/config/job.json": b"{}",
+    "input/data/train/a.png": b"png",
+    "code/train.py": b"",
+}
+
+
+def fill(run: Store, tree: dict[str, bytes]) -> None:
+    for path, content in tree.items():
+        run.write(path, content)
+
+
+def home(dest: Path) -> dict[str, bytes]:
+    files = (path for path in dest.rglob("*") if path.is_file() and path.name != ".cvlaunch-sync.json")
+    return {path.relative_to(dest).as_posix(): path.read_bytes() for path in files}
+
+
+class Counter:
+    """A store that counts what is fetched from it, and may do something before each."""
+
+    def __init__(self, inner: Store, *, before: Callable[[str], None] = lambda path: None) -> None:
+        self.inner, self.fetched, self.before = inner, list[str](), before
+
+    def download(self, path: str, to: Path) -> Any:
+        self.before(path)
+        self.fetched.append(path)
+        return self.inner.download(path, to)
+
+    def read(self, path: str) -> bytes:
+        self.before(path)
+        self.fetched.append(path)
+        return self.inner.read(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+# -- sync_run -------------------------------------------------------------------------------------
+
+
+def test_a_run_comes_home_in_one_layout(run: Store, tmp_path: Path) -> None:
+    fill(run, TREE | NOT_HOME)
+    seen = list[tuple[int, int]]()
+    report = sync_run(run, tmp_path / "home", progress=lambda done, total: seen.append((done, total)))
+    assert home(tmp_path / "home") == TREE
+    total = sum(map(len, TREE.values()))
+    assert (report.files, report.bytes, report.skipped, report.path) == (len(TREE), total, 0, tmp_path / "home")
+    assert seen[-1] == (total, total)
+
+
+def test_only_what_is_new_is_fetched(run: Store, tmp_path: Path) -> None:
+    dest = tmp_path / "home"
+    fill(run, TREE)
+    sync_run(run, dest)
+    (dest / "notes.txt").write_text("mine")
+    again = Counter(run)
+    report = sync_run(again, dest)
+    assert (report.files, report.skipped, again.fetched) == (0, len(TREE), [])
+
+    time.sleep(0.01)
+    run.write("output/result.json", b"[]")  # the same size
+    run.write("checkpoints/20/complete.json", b"{}")
+    run.delete(["checkpoints/10/complete.json"])
+    (dest / "model/weights.pt").write_bytes(b"cut")
+    renewed = Counter(run)
+    sync_run(renewed, dest)
+    assert sorted(renewed.fetched) == ["checkpoints/20/complete.json", "model/weights.pt", "output/result.json"]
+    expected = TREE | {"output/result.json": b"[]", "checkpoints/20/complete.json": b"{}", "notes.txt": b"mine"}
+    assert home(dest) == expected  # what the run deleted stays here
+
+
+def test_include_and_exclude(run: Store, tmp_path: Path) -> None:
+    fill(run, TREE)
+    sync_run(run, tmp_path / "a", include=["model", "output/*.json"])
+    assert sorted(home(tmp_path / "a")) == ["model/weights.pt", "output/result.json"]
+    sync_run(run, tmp_path / "b", exclude=["checkpoints/", "*/rank-?.txt"])
+    assert sorted(home(tmp_path / "b")) == ["model/weights.pt", "output/result.json", "started.json"]
+    sync_run(run, tmp_path / "b")
+    assert home(tmp_path / "b") == TREE
+
+
+def segment(path: str, number: int) -> str:
+    return f"segments/{path}/seg-{number:06}"
+
+
+def test_segments_are_joined_as_far_as_they_follow(run: Store, tmp_path: Path) -> None:
+    dest, path = tmp_path / "home", "output/metrics.jsonl"
+    fill(run, {segment(path, n): f"line {n}\n".encode() for n in (0, 1, 3)})
+    fill(
+        run,
+        {
+            "segments/nodes/1/logs/x/seg-000000": b"n1",
+            "segments/input/x/seg-000000": b"no",
+            segment("output/y", 1): b"",
+        },
+    )
+    sync_run(run, dest)
+    assert home(dest) == {path: b"line 0\nline 1\n", "nodes/1/logs/x": b"n1"}
+
+    run.write(segment(path, 2), b"line 2\n")
+    new = Counter(run)
+    sync_run(new, dest)
+    assert new.fetched == [segment(path, 2), segment(path, 3)]
+    assert home(dest)[path] == b"line 0\nline 1\nline 2\nline 3\n"
+    assert sync_run(run, dest).files == 0
+
+    (dest / path).write_bytes(b"damaged")
+    sync_run(run, dest)
+    assert home(dest)[path] == b"line 0\nline 1\nline 2\nline 3\n"
+
+    run.write(path, b"the whole file\n")  # wins, segments or not
+    sync_run(run, dest)
+    assert home(dest)[path] == b"the whole file\n"
+    run.delete(segment(path, n) for n in range(4))
+    assert sync_run(run, dest).files == 0
+
+
+def test_what_vanishes_meanwhile_is_passed_over(run: Store, tmp_path: Path) -> None:
+    fill(run, TREE)
+    gone = Counter(run, before=lambda path: run.delete([path]) if path.startswith("checkpoints") else None)
+    report = sync_run(gone, tmp_path / "home")
+    assert report.files == len(TREE) - 1
+    assert "checkpoints/10/complete.json" not in home(tmp_path / "home")
+
+
+_SYNC = """
+import json, sys, time
+from pathlib import Path
+import launcher.sync as sync
+from launcher.stores import StorageOptions, open_store
+
+def slowly(done, total):
+    print(done, flush=True)
+    time.sleep(0.02)
+
+sync._SAVE_EVERY_S = 0
+store = open_store(sys.argv[1], StorageOptions.from_mapping(json.loads(sys.argv[2])))
+sync.sync_run(store, Path(sys.argv[3]), progress=slowly)
+"""
+
+
+def test_a_killed_sync_continues(run: Store, tmp_path: Path) -> None:
+    """kill -9 in the middle: every file under its own name is whole, and most of those aren't fetched again."""
+    fill(run, {f"model/{n:03}": os.urandom(300_000) for n in range(40)})
+    dest = tmp_path / "home"
+    command = [sys.executable, "-c", _SYNC, run.uri, json.dumps(_options_of(run)), str(dest)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert all(content == run.read(path) for path, content in whole(dest).items())
+    report = sync_run(run, dest)
+    assert report.skipped >= 4
+    assert report.files + report.skipped == 40
+    assert whole(dest) == {entry.path: run.read(entry.path) for entry in run.list()}
+
+
+def whole(dest: Path) -> dict[str, bytes]:
+    return {path: content for path, content in home(dest).items() if not path.endswith(".part")}
+
+
+def _options_of(run: Store) -> dict[str, str]:
+    client = getattr(run, "client", None)
+    if client is None:
+        return {}
+    return {"endpoint": client.config["endpoint"], "region": "us-east-1"}
+
+
+def test_parts_of_a_dead_process_are_removed(tmp_path: Path) -> None:
+    run, dest = open_store(str(tmp_path / "run")), tmp_path / "home"
+    run.write("model/a", b"1")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old, young, living = (dest / "model" / f".a.{pid}-1a.part" for pid in (dead.pid, dead.pid + 10**6, os.getpid()))
+    (dest / "model").mkdir(parents=True)
+    for part in (old, young, living):
+        part.write_text("half")
+    for part in (old, living):
+        os.utime(part, (0, 0))
+    sync_run(run, dest)
+    assert [part.exists() for part in (old, young, living)] == [False, True, True]
+
+
+def test_the_state_of_another_run_is_not_believed(tmp_path: Path) -> None:
+    for name in "ab":
+        open_store(str(tmp_path / name)).write("model/weights", name.encode())
+        os.utime(tmp_path / name / "model/weights", (1, 1))
+        sync_run(open_store(str(tmp_path / name)), tmp_path / "home")
+    assert home(tmp_path / "home") == {"model/weights": b"b"}
+    (tmp_path / "home" / ".cvlaunch-sync.json").write_bytes(b"\0damaged")
+    assert sync_run(open_store(str(tmp_path / "b")), tmp_path / "home").files == 1
+
+
+def test_hostile_keys_write_nothing(moto_bucket: Bucket, tmp_path: Path) -> None:
+    run = moto_bucket.store()
+    run.write("model/good", b"1")
+    client = moto_bucket.server.client()
+    client.put_object(Bucket=moto_bucket.name, Key="runs/shapes-1/model/../../../../evil", Body=b"1")
+    with pytest.raises(IntegrityError):
+        sync_run(run, tmp_path / "a" / "b" / "home")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_file_that_is_a_folder_too(moto_bucket: Bucket, tmp_path: Path) -> None:
+    run = moto_bucket.store()
+    fill(run, {"model/a": b"1", "model/a/b": b"2"})
+    with pytest.raises(IntegrityError, match="a folder can't hold both"):
+        sync_run(run, tmp_path / "home")
+
+
+def test_links_in_the_destination_are_not_followed_out(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path / "run"))
+    run.write("model/weights", b"1")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "model").symlink_to(tmp_path / "outside")
+    with pytest.raises(SpecError, match="symbolic link"):
+        sync_run(run, tmp_path / "home")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_run_is_not_brought_onto_itself(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path / "run"))
+    run.write("model/weights", b"1")
+    with pytest.raises(SpecError, match="choose another folder"):
+        sync_run(run, tmp_path / "x" / ".." / "run")
+
+
+def test_no_room_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path / "run"))
+    run.write("model/small", b"1")
+    with (tmp_path / "run" / "model" / "huge").open("wb") as file:
+        file.truncate(10 << 40)
+    with pytest.raises(CapacityError, match=r"needs 10.0 TiB"):
+        sync_run(run, tmp_path / "home")
+    assert home(tmp_path / "home") == {}
+    sync_run(run, tmp_path / "home", exclude=["model/huge"])
+
+
+# -- following a file -----------------------------------------------------------------------------
+
+
+def follow(run: Store, path: str, cursor: Cursor) -> tuple[bytes, Cursor]:
+    data, after = read_appended(run, path, since=cursor)
+    again, same = read_appended(run, path, since=after)
+    assert (again, same) == (b"", after)
+    return data, after
+
+
+def test_a_growing_file_is_followed(tmp_path: Path) -> None:
+    run, path = open_store(str(tmp_path)), "output/metrics.jsonl"
+    data, cursor = follow(run, path, Cursor())
+    assert data == b""
+    (tmp_path / "output").mkdir()
+    for text in ("one\ntw", "o\n", "three\n"):
+        with (tmp_path / path).open("a") as file:
+            file.write(text)
+        data, cursor = follow(run, path, cursor)
+        assert data == text.encode()
+
+
+def test_segments_and_then_the_whole_file_are_followed(run: Store) -> None:
+    path, cursor, got = "output/metrics.jsonl", Cursor(), b""
+    blocks = [f"line {n}\n".encode() for n in range(12)]
+    for n, block in enumerate(blocks[:11]):
+        run.write(segment(path, n), block)
+        if n in (0, 4, 5):
+            data, cursor = follow(run, path, cursor)
+            got += data
+    run.write(path, b"".join(blocks))
+    run.delete(segment(path, n) for n in range(11))
+    data, cursor = follow(run, path, cursor)
+    assert got + data == b"".join(blocks)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.sampled_from(["write", "join", "clean", "read", "restart"]), max_size=30))
+def test_no_order_of_events_repeats_or_loses_bytes(steps: list[str], tmp_path: Path) -> None:
+    """join: the whole file appears; clean: its segments go; restart: the next attempt drops it and writes segments."""
+    run = open_store(f"memory://{os.urandom(8).hex()}")
+    path, written, got, cursor = "output/log", b"", b"", Cursor()
+    number, joined, cleaned = 0, False, False
+    for step in [*steps, "read", "join", "read", "read"]:
+        if step == "write" and not joined:
+            run.write(segment(path, number), block := b"%d," % number)
+            written, number = written + block, number + 1
+        elif step == "join":
+            run.write(path, written)
+            joined = True
+        elif step == "clean" and joined:
+            run.delete(segment(path, n) for n in range(number))
+            cleaned = True
+        elif step == "restart" and joined and not cleaned:
+            run.delete([path])
+            joined = False
+        elif step == "read":
+            data, cursor = read_appended(run, path, since=cursor)
+            got += data
+            assert written.startswith(got)
+    assert got == written
+
+
+# -- archives -------------------------------------------------------------------------------------
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes | str, bytes]]) -> Path:
+    """members: (name, content or the target of a link, tar type)."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.mode = 0o4755
+            if isinstance(content, str):
+                info.linkname = content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_a_tar_file_unpacks(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes | str, bytes]] = [
+        ("./", b"", tarfile.DIRTYPE),
+        ("./model", b"", tarfile.DIRTYPE),
+        ("./model/weights.pt", b"www", tarfile.REGTYPE),
+        ("model/latest.pt", "weights.pt", tarfile.SYMTYPE),
+        ("model/deep/up.pt", "../latest.pt", tarfile.SYMTYPE),
+        ("same.pt", "./model/weights.pt", tarfile.LNKTYPE),
+    ]
+    assert unpack_tar(make_tar(tmp_path / "model.tar.gz", members), tmp_path / "home") == 4
+    assert home(tmp_path / "home") == {
+        "model/weights.pt": b"www",
+        "model/latest.pt": b"www",
+        "model/deep/up.pt": b"www",
+        "same.pt": b"www",
+    }
+    for path in (tmp_path / "home").rglob("*"):
+        assert not path.is_symlink()
+        assert not path.stat().st_mode & 0o7000
+
+
+EVIL: dict[str, tuple[str, bytes | str, bytes]] = {
+    "up": ("../evil", b"1", tarfile.REGTYPE),
+    "up inside": ("a/../../evil", b"1", tarfile.REGTYPE),
+    "absolute": ("/tmp/evil", b"1", tarfile.REGTYPE),
+    "backslash": ("..\\evil", b"1", tarfile.REGTYPE),
+    "link out": ("evil", "../../etc/passwd", tarfile.SYMTYPE),
+    "absolute link": ("evil", "/etc/passwd", tarfile.SYMTYPE),
+    "hard link out": ("evil", "../outside", tarfile.LNKTYPE),
+    "link to a folder": ("evil", "good", tarfile.SYMTYPE),
+    "link to itself": ("evil", "evil", tarfile.SYMTYPE),
+    "device": ("evil", b"", tarfile.CHRTYPE),
+    "pipe": ("evil", b"", tarfile.FIFOTYPE),
+    "below a file": ("good/file/evil", b"1", tarfile.REGTYPE),
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_evil_tar_files_write_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_text("secret")
+    archive = make_tar(tmp_path / "evil.tar.gz", [("good/file", b"1", tarfile.REGTYPE), EVIL[name]])
+    with pytest.raises(IntegrityError):
+        unpack_tar(archive, tmp_path / "home")
+    assert not (tmp_path / "home").exists() or home(tmp_path / "home") == {}
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_damaged_tar_file(tmp_path: Path) -> None:
+    good = make_tar(tmp_path / "good.tar.gz", [("a", os.urandom(100_000), tarfile.REGTYPE)])
+    (tmp_path / "cut.tar.gz").write_bytes(good.read_bytes()[:50_000])
+    (tmp_path / "text.tar.gz").write_text("no archive")
+    for name in ("cut", "text"):
+        with pytest.raises(IntegrityError, match="fetch it again"):
+            unpack_tar(tmp_path / f"{name}.tar.gz", tmp_path / "home")
+    assert home(tmp_path / "home") == {} or not (tmp_path / "home").exists()
+    with pytest.raises(FileNotFoundError):
+        unpack_tar(tmp_path / "missing.tar", tmp_path / "home")

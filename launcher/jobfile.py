@@ -15,14 +15,18 @@ from launcher.errors import SpecError, nearest
 from launcher.spec import JobSpec
 from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml
 
-__all__ = ["load_job", "parse_setting", "validate"]
+__all__ = ["apply_settings", "load_job", "parse_setting", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 
 
 def load_job(path: Path, settings: Iterable[str] = ()) -> JobSpec:
     """The job file with `KEY=VALUE` settings laid over it (`train.epochs=3`). SpecError names file, line and key."""
-    document = read_yaml(path)
+    return apply_settings(read_yaml(path), settings)
+
+
+def apply_settings(document: Document, settings: Iterable[str]) -> JobSpec:
+    """The job in a document, with settings laid over it."""
     parsed = [parse_setting(text) for text in settings]
     content = dict(document.content)
     for keys, value, _ in parsed:

@@ -24,7 +24,7 @@ from launcher.dataset import check_channel
 from launcher.errors import ConflictError, CvlaunchError, SpecError, UnreachableError
 from launcher.jobfile import load_job
 from launcher.ledger import Ledger, RunRecord, new_run_id, valid_run_id
-from launcher.plan import load_template, make_plan, placeholders
+from launcher.plan import job_file, load_template, make_plan, placeholders
 from launcher.process import ProcessId
 from launcher.resolve import resolve
 from launcher.secretfiles import require_private
@@ -166,7 +166,12 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
             "unpinned": list(plan.unpinned),
             "warnings": list(plan.warnings),
         },
-        job={"spec": job.spec.model_dump(mode="json"), "folder": str(prepared.folder)},
+        job={
+            "spec": job.spec.model_dump(mode="json"),
+            "folder": str(prepared.folder),
+            "job_file": job_file(prepared.backend, job, plan.run_id).to_json(),
+            "image": dataclasses.asdict(job.image) if job.image else None,
+        },
         tags=job.spec.tags,
     )
 

@@ -66,6 +66,16 @@ class Targets:
     def names(self) -> list[str]:
         return sorted({*self.entries, *names()})
 
+    def source(self, name: str) -> str:
+        """Where a target is defined, for people: `FILE:LINE`, or that it is built in."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return "built in"
+        if entry.document is None:
+            return "the environment"
+        line = entry.document.line(("targets", name))
+        return f"{entry.document.file}:{line}" if line else str(entry.document.file)
+
     def select(self, *, target: str | None = None, backend: str | None = None) -> Selected:
         """By name; or the one target of a backend; or the default. SpecError lists what there is."""
         if target is not None:

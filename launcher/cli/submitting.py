@@ -1,0 +1,199 @@
+"""`submit` and `rerun`: the handle alone on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.cli.app import Interrupted
+from launcher.cli.options import complete_runs, find_run, json_option, pairs, place_options, run_argument
+from launcher.cli.out import Out
+from launcher.errors import SpecError
+
+if TYPE_CHECKING:
+    from launcher.run import Run
+    from launcher.spec import JobSpec
+
+__all__ = ["rerun", "submit"]
+
+_AUTO = "auto"
+
+
+class _Submit(click.Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--push-data` may stand alone, before the job file, too; then the place follows from the target."""
+        return super().parse_args(ctx, [f"--push-data={_AUTO}" if arg == "--push-data" else arg for arg in args])
+
+
+follow_option = click.option("-f", "--follow", is_flag=True, help="Show it until it has ended, then bring its results.")
+sync_option = click.option(
+    "--sync", "sync_to", type=click.Path(path_type=Path), metavar="FOLDER", help="Where --follow brings them: runs."
+)
+
+
+@click.command(cls=_Submit)
+@click.argument("job", type=click.Path(path_type=Path), required=False)
+@place_options
+@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Mark the run. May be repeated.")
+@click.option("--run-id", metavar="ID", help="Choose the run's id.")
+@click.option("--push-data", metavar="[=URI]", help="First push folders of this machine to where the target sees them.")
+@click.option(
+    "--resume",
+    shell_complete=complete_runs,
+    metavar="RUN",
+    help="Instead of JOB: send again what did not arrive or was lost.",
+)
+@follow_option
+@sync_option
+@json_option
+def submit(
+    *,
+    job: Path | None,
+    settings: tuple[str, ...],
+    tags: tuple[str, ...],
+    resume: str | None,
+    follow: bool,
+    sync_to: Path | None,
+    out: Out,
+    **how: str | None,
+) -> int:
+    """Send a job; print its handle.
+
+    The handle stands alone on stdout, so that a script can take it; all else goes to stderr. The same job file goes to
+    every target: --target or --backend chooses.
+    """
+    if (job is None) == (resume is None):
+        raise SpecError("give a job file, or --resume RUN")
+    if resume is not None:
+        _refuse_with_resume(settings, tags, how)
+        return _announce(find_run(resume).resume(), out, follow=follow, sync_to=sync_to)
+    assert job is not None  # noqa: S101 for mypy
+    settings += _tag_settings(tags)
+    push_to = how.pop("push_data")
+    if push_to is not None:
+        settings += _push(job, push_to, settings, how["backend"], how["target"], out)
+    run = _submit(job, settings, folder=None, **how)
+    return _announce(run, out, follow=follow, sync_to=sync_to)
+
+
+@click.command()
+@run_argument
+@place_options
+@follow_option
+@sync_option
+@json_option
+def rerun(
+    *,
+    run: str,
+    settings: tuple[str, ...],
+    backend: str | None,
+    target: str | None,
+    follow: bool,
+    sync_to: Path | None,
+    out: Out,
+) -> int:
+    """Send the job of an earlier run afresh.
+
+    It goes to the same target unless --target or --backend says otherwise, and to a run of its own; `cvlaunch submit
+    --resume RUN` goes on with the old one instead.
+    """
+    from launcher.jobfile import apply_settings
+    from launcher.yamlfile import Document
+
+    record = find_run(run).record
+    spec = apply_settings(Document(Path(f"the job of {record.run_id}"), record.job["spec"]), settings)
+    if backend is None and target is None:
+        target = record.target_name
+    again = _submit(spec, (), folder=Path(record.job["folder"]), backend=backend, target=target, run_id=None)
+    return _announce(again, out, follow=follow, sync_to=sync_to)
+
+
+def _refuse_with_resume(settings: tuple[str, ...], tags: tuple[str, ...], how: dict[str, str | None]) -> None:
+    given = [name for name, value in {"set": settings, "tag": tags, **how}.items() if value]
+    if given:
+        raise SpecError(f"--resume sends the stored job as it is; leave out --{given[0].replace('_', '-')}")
+
+
+def _tag_settings(tags: tuple[str, ...]) -> tuple[str, ...]:
+    found = pairs(tags, "--tag")
+    for key in found:
+        if "." in key:
+            raise SpecError(f"the key {key!r} has a dot; write it in the job file, under tags", key="--tag")
+    return tuple(f"tags.{key}={value}" for key, value in found.items())
+
+
+def _push(
+    job: Path, to: str, settings: Sequence[str], backend: str | None, target: str | None, out: Out
+) -> tuple[str, ...]:
+    from launcher.stores import is_uri, join_uri
+    from launcher.submission import push_channels
+    from launcher.targets import load_targets
+
+    selected = load_targets(job.absolute().parent).select(target=target, backend=backend)
+    if to == _AUTO:
+        if not selected.target.output or not is_uri(selected.target.output):
+            raise SpecError(f"target {selected.name!r} has no output in a store; write --push-data=URI")
+        to = join_uri(selected.target.output, "_data", _slug(job))  # no run id starts with _
+    elif not is_uri(to):
+        raise SpecError(f"{to!r} is not a place in a store; it looks like s3://bucket/folder", key="--push-data")
+    pushed = push_channels(job, backend=backend, target=target, settings=settings, to=to)
+    for setting in pushed:
+        out.note(f"pushed {setting.replace('=', ' to ', 1)}")
+    return tuple(pushed)
+
+
+def _slug(job: Path) -> str:
+    """Of the folder that the job file is in, and of its own name."""
+    text = f"{job.absolute().parent.name}-{job.stem}".lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")
+
+
+def _submit(
+    job: JobSpec | Path,
+    settings: tuple[str, ...],
+    *,
+    folder: Path | None,
+    backend: str | None,
+    target: str | None,
+    run_id: str | None,
+) -> Run:
+    from launcher.run import submit
+
+    try:
+        return submit(job, settings=settings, folder=folder, backend=backend, target=target, run_id=run_id)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while submitting; whether it was sent says: cvlaunch runs") from None
+
+
+def _announce(run: Run, out: Out, *, follow: bool, sync_to: Path | None) -> int:
+    """Prints what was submitted; then follows it, if that is wanted."""
+    from launcher.cli.shapes import run_json
+
+    if sync_to is not None and not follow:
+        out.warn("--sync has no effect without --follow; later: cvlaunch sync")
+    record = run.record
+    out.note(f"run {run.id} on target {record.target_name}; output: {run.output}")
+    for reason in record.plan["unpinned"]:
+        out.note(f"unpinned: {reason}")
+    for warning in record.plan["warnings"]:
+        out.warn(warning)
+    if not follow:
+        _print_handle(run, out, run_json(record))
+        out.note(f"follow it: cvlaunch watch {run.id}")
+        return 0
+    from launcher.cli.following import follow_run
+
+    _print_handle(run, out, {"type": "submitted", **run_json(record)}, line=True)
+    return follow_run(run, out, sync_to=sync_to or Path("runs"), data_on_stderr=not out.as_json)
+
+
+def _print_handle(run: Run, out: Out, value: dict[str, Any], *, line: bool = False) -> None:
+    if not out.as_json:
+        out.data(str(run.handle))
+    elif line:
+        out.json_line(value)
+    else:
+        out.document(value)

@@ -49,7 +49,8 @@ class Child:
 
     def ask_to_stop(self) -> None:
         """TERM to the ranks, not to torchrun, which would kill them 30 s later; nor to the whole group, where data
-        loaders would die under a command that wants to finish its step."""
+        loaders would die under a command that wants to finish its step. (A rank that is slower than another gets a
+        second TERM, from torchrun.)"""
         self._see_family()
         me = self._process.pid
         ranks = [p.pid for p in _processes() if p.parent == me] if self._command.torchrun else []

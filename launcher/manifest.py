@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launcher.contract import MANIFEST, Channel, canonical_json, sha256_file
+from launcher.contract import MANIFEST, Channel, sha256_file
 from launcher.errors import IntegrityError, SpecError
 from launcher.stores import Progress, Store, bad_path
 
@@ -35,6 +35,9 @@ JOURNAL = ".cvlaunch-manifest.partial.json"
 _JOURNAL_EVERY = 64 << 20  # bytes between two journals: what a killed push may have to send again
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 _SHOWN = 10
+
+_line = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""As contract.canonical_json, with one encoder for a million lines."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -63,7 +66,7 @@ class Manifest:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(canonical_json([file.path, file.size, file.sha256]) + b"\n")
+            digest.update(_line([file.path, file.size, file.sha256]).encode() + b"\n")
         return digest.hexdigest()
 
     @property
@@ -75,7 +78,7 @@ class Manifest:
         return len(self.files)
 
     def to_bytes(self) -> bytes:
-        rows = ",\n".join(canonical_json([f.path, f.size, f.sha256]).decode() for f in self.files)
+        rows = ",\n".join(_line([file.path, file.size, file.sha256]) for file in self.files)
         return f'{{"version":{VERSION},"fingerprint":"{self.fingerprint}","files":[\n{rows}\n]}}\n'.encode()
 
     @classmethod

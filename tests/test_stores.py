@@ -111,7 +111,7 @@ def test_what_is_missing(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "to" / "x").exists()
 
 
-def test_second_writer_is_refused(store: Store, request: pytest.FixtureRequest) -> None:
+def test_second_writer_is_refused(store: Store) -> None:
     store.write("owner", b"first", if_absent=True)
     with pytest.raises(FileExistsError):
         store.write("owner", b"second", if_absent=True)
@@ -350,7 +350,7 @@ def test_memory_is_one_place_for_the_process() -> None:
     assert open_store("memory://other").head("a/x") is None
 
 
-def test_a_folder_needs_no_library() -> None:
+def test_a_folder_needs_no_library(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom launcher.stores import open_store\n"
         "store = open_store(sys.argv[1])\nstore.write('x', b'1')\nlist(store.list())\n"
@@ -497,7 +497,7 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def scripted(clean_aws: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Scripted)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     _Scripted.broken = 0
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a" * 20)

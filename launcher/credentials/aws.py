@@ -57,7 +57,7 @@ class Provider:
 
 def session(profile: str | None = None, region: str | None = None) -> boto3.session.Session:
     """A boto3 session; nothing is asked of AWS yet. SpecError for a profile that doesn't exist."""
-    boto3 = _boto3("AWS" if profile is None else f"the AWS profile {profile!r}")
+    boto3 = _boto3("the AWS configuration of this machine" if profile is None else f"the AWS profile {profile!r}")
     with _aws_errors(profile):
         _check_files(os.environ)
         return boto3.Session(profile_name=profile, region_name=region)
@@ -75,13 +75,14 @@ def obstore_credentials(profile: str | None = None, *, environ: Mapping[str, str
         return None
     if profile is None and not _configured(environ) and not _has_boto3():
         return None
+    profile = profile or environ.get("AWS_PROFILE")
     found = session(profile)
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     with _aws_errors(profile):
         if found.get_credentials() is None:
             raise AuthError(_no_credentials(profile))
-        provider = Provider(Boto3CredentialProvider(found, ttl=_GOOD_FOR), profile or environ.get("AWS_PROFILE"))
+        provider = Provider(Boto3CredentialProvider(found, ttl=_GOOD_FOR), profile)
     provider()  # an expired login is reported here, in our words, not from inside a transfer
     return provider
 

@@ -23,16 +23,19 @@ __all__ = [
     "scheme",
 ]
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_DRIVE = re.compile("[A-Za-z]:")
+
 
 def bad_path(path: str) -> str | None:
     """Why `path` can't name a file below a folder on every machine, or None if it can."""
     if not path:
         return "is empty"
-    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+    if path.startswith("/") or _DRIVE.match(path):
         return "is absolute"
     if "\\" in path:
         return "has a backslash"
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in path):
+    if _CONTROL.search(path):
         return "has a control character or is not UTF-8"
     if any(part in ("", ".", "..") for part in path.split("/")):
         return "has an empty part, '.' or '..'"

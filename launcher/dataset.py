@@ -128,13 +128,13 @@ def inspect_folder(path: Path) -> ClassFolders | YoloData | Unknown:
     if not path.is_dir():
         return Unknown(f"no folder {path}")
     described = _data_yaml(path)
-    return _yolo(described) if described else _class_folders(path)
+    return _yolo(described) if described else _yolo_channels(path) or _class_folders(path)
 
 
 def _class_folders(path: Path) -> ClassFolders | Unknown:
     train = _first_folder(path, _TRAIN_NAMES)
     base = train or path
-    if any((folder / "labels").is_dir() and (folder / "images").is_dir() for folder in (base, path)):
+    if _is_channel(base) or _is_channel(path):
         return Unknown(f"{path} holds images/ and labels/ but no data.yaml; write one with train, val and names")
     folders = sorted(entry.name for entry in _entries(base) if entry.is_dir())
     counts = {name: sum(1 for _ in images_below(base / name)) for name in folders}
@@ -182,6 +182,21 @@ def _data_yaml(folder: Path) -> Path | None:
         name for name in found if name in ("data.yaml", "data.yml") or {"train", "names"} <= _keys(folder / name)
     ]
     return folder / min(fitting, key=lambda name: (not name.startswith("data."), name)) if fitting else None
+
+
+def _yolo_channels(path: Path) -> YoloData | None:
+    """Folders that are channels already: each with images/ and labels/, and the names in the data.yaml of train."""
+    train, val = _first_folder(path, _TRAIN_NAMES), _first_folder(path, _VAL_NAMES)
+    if not (train and val and all(_is_channel(folder) for folder in (train, val))):
+        return None
+    file = train / "data.yaml"
+    content = _read(file) if file.is_file() else {}
+    names = None if isinstance(content, Unknown) else _names(content.get("names"))
+    return YoloData(file, names, train, val) if names else None
+
+
+def _is_channel(folder: Path) -> bool:
+    return (folder / "images").is_dir() and (folder / "labels").is_dir()
 
 
 def _keys(file: Path) -> set[str]:
@@ -248,17 +263,14 @@ def _images_folder(file: Path, content: Mapping[str, Any], key: str) -> Path | U
 
 def _channel_of(images: Path) -> Path | Unknown:
     """The folder that holds images/ and labels/. `images/train` beside `labels/train` has no such folder."""
-    if (images / "images").is_dir() and (images / "labels").is_dir():
+    if _is_channel(images):
         return images
     if images.name == "images" and (images.parent / "labels").is_dir():
         return images.parent
     root, split = images.parent.parent, images.name
     if images.parent.name != "images" or not (root / "labels" / split).is_dir():
         return Unknown(f"{images} has no folder labels/ beside it; expected images/<name>.jpg and labels/<name>.txt")
-    arranged = root / split
-    if (arranged / "images").is_dir() and (arranged / "labels").is_dir():
-        return arranged
-    return Unknown(_how_to_arrange(root, split))
+    return root / split if _is_channel(root / split) else Unknown(_how_to_arrange(root, split))
 
 
 def _how_to_arrange(root: Path, split: str) -> str:

@@ -29,8 +29,8 @@ def apply_settings(document: Document, settings: Iterable[str]) -> JobSpec:
     """The job in a document, with settings laid over it."""
     parsed = [parse_setting(text) for text in settings]
     content = dict(document.content)
-    for keys, value, _ in parsed:
-        content = _set(content, keys, value)
+    for keys, value, written in parsed:
+        content = _set(content, keys, written if keys[0] == "env" and type(value) is int else value)
     return _validate_with_settings(Document(document.file, content, _lines_without(document, parsed)), parsed)
 
 
@@ -129,7 +129,8 @@ def _message(model: type[BaseModel], error: ErrorDetails, place: KeyPath) -> str
     if place[:1] == ("secrets",):
         return "expected a reference: env:NAME, file:PATH or store:REFERENCE"  # the value may be the secret itself
     text = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
-    return f"expected {text}, found {_shown(value)}"
+    quote = "; quote it" if kind == "string_type" and not isinstance(value, list | dict | None) else ""
+    return f"expected {text}, found {_shown(value)}{quote}"
 
 
 _EXPECTED = {

@@ -179,9 +179,8 @@ class JobSpec(Model):
     @field_validator("env", mode="before")
     @classmethod
     def _plain_values(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in value.items()}
+        """`WORKERS: 4` is clear. `PYTHON: 3.10`, which YAML reads as 3.1, and `FLAG: yes` must be quoted."""
+        return {k: str(v) if type(v) is int else v for k, v in value.items()} if isinstance(value, dict) else value
 
     @field_validator("env", "secrets")
     @classmethod

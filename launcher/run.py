@@ -1,0 +1,315 @@
+"""The front: submit a job, and ask a Run about it from any process on any day."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import html
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from launcher import contract
+from launcher.backends.base import Backend, Handle, LogLine, Plan
+from launcher.errors import JobFailedError, SpecError, UnreachableError
+from launcher.ledger import Ledger, RunRecord, RunSummary
+from launcher.logfiles import follow_logs
+from launcher.metrics import Metrics, Point, Reader
+from launcher.quantities import format_duration
+from launcher.spec import JobSpec
+from launcher.status import State, Status
+from launcher.stores import Store, join_uri, open_store
+from launcher.submission import backend_of, prepare, reconcile, resend, send, store_of
+from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
+from launcher.watch import UNSEEN_LIMIT_S, intervals, watch
+
+__all__ = ["Run", "refresh", "render", "runs", "submit"]
+
+
+def submit(
+    job: JobSpec | Path | str,
+    *,
+    backend: str | None = None,
+    target: str | None = None,
+    settings: Sequence[str] = (),
+    run_id: str | None = None,
+    folder: Path | None = None,
+    ledger: Ledger | None = None,
+) -> Run:
+    """Sends a job and returns at once.
+
+    job: a job file, or a JobSpec whose relative paths start from `folder` (the current one).
+    settings: like `--set`: `["train.epochs=3"]`. Raises SpecError for anything that would be refused.
+    """
+    ledger = ledger or Ledger()
+    with prepare(job, backend=backend, target=target, settings=settings, folder=folder, ledger=ledger) as prepared:
+        return Run(send(prepared, ledger=ledger, run_id=run_id), ledger)
+
+
+def render(
+    job: JobSpec | Path | str,
+    *,
+    backend: str | None = None,
+    target: str | None = None,
+    settings: Sequence[str] = (),
+    folder: Path | None = None,
+    online: bool = False,
+) -> Plan:
+    """What `submit` would send, without sending it. online: also read what is not on this machine."""
+    with prepare(job, backend=backend, target=target, settings=settings, folder=folder, online=online) as prepared:
+        return prepared.plan()
+
+
+def runs(*, ledger: Ledger | None = None) -> list[Run]:
+    """All runs of this user, the newest first, as last seen; `Run.status()` asks again."""
+    ledger = ledger or Ledger()
+    return [Run(record, ledger) for record in ledger.all()]
+
+
+class Run:
+    """One run. Its id is the first column of `cvlaunch runs`; a Run can be made from it, or from a handle."""
+
+    def __init__(self, run: RunRecord | str, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger or Ledger()
+        self._record = self._ledger.find(run) if isinstance(run, str) else run
+        self._backend: Backend | None = None
+
+    @property
+    def id(self) -> str:
+        return self._record.run_id
+
+    @property
+    def record(self) -> RunRecord:
+        """The run file, as last read."""
+        return self._record
+
+    @property
+    def handle(self) -> Handle | None:
+        """None as long as the platform has not taken the job."""
+        return self._record.parsed_handle
+
+    @property
+    def output(self) -> str:
+        """URI of the run's folder in the output store."""
+        return join_uri(self._record.output, self.id)
+
+    def __repr__(self) -> str:
+        return f"Run({self._record.handle or self.id}, {self._record.state})"
+
+    def _repr_html_(self) -> str:
+        status = self._record.last_status
+        rows = {"run": self.id, "state": status.state, "reason": status.reason, "handle": self._record.handle or ""}
+        rows |= {"output": self.output, "digest": str(self._record.plan["job_digest"])[:12]}
+        with contextlib.suppress(OSError, SpecError, UnreachableError):
+            rows |= {name: f"{value:.4g}" for name, value in self.metrics().summary().items()}
+        cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items() if v)
+        return f"<table>{''.join(cells)}</table>"
+
+    def status(self) -> Status:
+        """Asks the platform, once."""
+        refresh([self._record], ledger=self._ledger)
+        self._record = self._ledger.get(self.id)
+        return self._record.last_status
+
+    def wait(self, *, timeout: float | None = None, check: bool = False) -> Status:
+        """Until the run has ended. TimeoutError after `timeout` seconds; check: JobFailedError unless it succeeded."""
+        *_, status = watch(self.status, timeout=timeout)
+        if check and status.state is not State.SUCCEEDED:
+            raise JobFailedError(f"{self.id} is {status.state}: {status.reason}; see: cvlaunch logs {self.id}")
+        return status
+
+    def logs(self, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
+        """From the platform; from the output store where the platform has none any more."""
+        handle, seen = self.handle, False
+        if handle is not None:
+            for line in self._open_backend().logs(handle, follow=follow, since=since):
+                seen = True
+                yield line
+        if not seen and not since:
+            yield from follow_logs(self.store())
+
+    def follow(self, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[LogLine | Status | Point]:
+        """Everything new as it comes: log lines, metrics and changes of state; ends after the end of the run."""
+        reader, metrics_at, logs_at, watched = Reader(), Cursor(), "", 0.0
+        last: Status | None = None
+        for pause in intervals(first=0.3, most=3.0):
+            status = self.status()
+            watched = self._say_watched(watched)
+            for line in self._new_logs(logs_at):
+                logs_at = line.cursor or logs_at
+                yield line
+            data, metrics_at = read_appended(self.store(), contract.METRICS, since=metrics_at)
+            yield from reader.feed(data)
+            if status != last:
+                yield status
+                last = status
+            if status.state.terminal:
+                return
+            sleep(pause)
+
+    def _new_logs(self, since: str) -> Iterator[LogLine]:
+        handle = self.handle
+        return self._open_backend().logs(handle, since=since) if handle else iter(())
+
+    def _say_watched(self, last: float) -> float:
+        """Tells the runner that somebody looks, so that it uploads every few seconds."""
+        store = self.store()
+        if store.local_path() is not None or time.time() - last < 30:
+            return last
+        with contextlib.suppress(UnreachableError):
+            store.write(contract.WATCH, str(time.time()).encode())
+        return time.time()
+
+    def cancel(self) -> Status:
+        """Leaves the mark that nothing restarts, then tells the platform. Cancelling an ended run changes nothing."""
+        status = self.status()
+        if status.state.terminal:
+            return status
+        handle = self.handle
+        if handle is None:
+            if not self._record.owner_alive:
+                self._record = self._ledger.update(self.id, state=State.CANCELLED)
+                return self._record.last_status
+            raise SpecError(f"{self.id} is being submitted by another process; cancel it when that is done")
+        self.store().write(contract.CANCEL, b"cancelled\n")
+        self._open_backend().cancel(handle)
+        return self.status()
+
+    def sync(
+        self,
+        to: Path | str = "runs",
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SyncReport:
+        """Brings the run's files to `to/<run_id>/`, those that are new or changed. Works while it runs, too."""
+        folder = Path(to).expanduser().absolute() / self.id
+        report = sync_run(self.store(), folder, include=include, exclude=exclude, progress=progress)
+        for output in self._record.plan["outputs"]:
+            if output["form"] == "tar":
+                self._unpack(output["uri"], folder / output["into"])
+        self._record = self._ledger.update(self.id, synced=str(folder))
+        return report
+
+    def _unpack(self, uri: str, folder: Path) -> None:
+        base, _, name = uri.rpartition("/")
+        store = self._open_backend().store(base) or open_store(base, self._open_backend().target.storage.options)
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(FileNotFoundError):
+            archive = Path(scratch) / "archive"
+            store.download(name, archive)
+            unpack_tar(archive, folder)
+
+    def metrics(self) -> Metrics:
+        """From the output store, while it runs, too; from the synced folder where the store has nothing any more."""
+        data, _ = read_appended(self.store(), contract.METRICS)
+        synced = Path(self._record.synced or "") / contract.METRICS
+        if not data and self._record.synced and synced.is_file():
+            data = synced.read_bytes()
+        return Metrics.from_bytes(data)
+
+    def report(self, to: Path | str | None = None) -> Path:
+        """Syncs what a report needs and writes a self-contained HTML page; its path."""
+        from launcher.report import write_report
+
+        folder = self.synced_folder()
+        return write_report([folder], Path(to) if to else folder / "report.html")
+
+    def synced_folder(self) -> Path:
+        """The folder of this machine with the results, brought up to date; without checkpoints."""
+        folder = Path(self._record.synced).parent if self._record.synced else Path("runs")
+        self.sync(folder, exclude=["checkpoints/**", "model/*.pt"])
+        return folder.absolute() / self.id
+
+    def resume(self) -> Run:
+        """Sends it again: what did not arrive, or what ended too early and goes on from its newest checkpoint."""
+        return Run(resend(self._record, ledger=self._ledger), self._ledger)
+
+    def remove(self, *, remote: bool = False) -> None:
+        """Forgets an ended run; remote: also deletes what the platform and the output store hold of it."""
+        status = self.status()
+        if not status.state.terminal:
+            raise SpecError(f"{self.id} is {status.state}; cancel it first: cvlaunch cancel {self.id}")
+        if remote:
+            store = self.store()
+            store.delete([entry.path for entry in store.list()])
+            if (here := store.local_path()) is not None:
+                _remove_empty_folders(here)
+            if self.handle:
+                self._open_backend().remove(self.handle)
+        self._ledger.delete(self.id)
+
+    def store(self) -> Store:
+        """The run's folder in the output store."""
+        return store_of(self._record, self._open_backend())
+
+    def _open_backend(self) -> Backend:
+        self._backend = self._backend or backend_of(self._record)
+        return self._backend
+
+
+def refresh(
+    records: Iterable[RunRecord | RunSummary], *, ledger: Ledger, now: Callable[[], float] = time.time
+) -> list[tuple[str, str]]:
+    """Asks about all that have not ended, in one call for each target, and keeps the answers.
+
+    Returns (target, why) for targets that could not be asked.
+    """
+    groups: dict[str, list[RunRecord]] = defaultdict(list)
+    silent: list[tuple[str, str]] = []
+    for record in records:
+        if record.state.terminal and record.state is not State.LOST:
+            continue
+        full = ledger.get(record.run_id)  # another process may know more by now
+        try:
+            settled = reconcile(full, ledger=ledger)
+        except UnreachableError as error:
+            silent.append((full.target_name, str(error)))
+            continue
+        if settled.handle:
+            groups[f"{settled.backend}:{settled.target_name}:{settled.target}"].append(settled)
+    for group in groups.values():
+        try:
+            _refresh_group(group, ledger, now())
+        except UnreachableError as error:
+            silent.append((group[0].target_name, str(error)))
+    return silent
+
+
+def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> None:
+    handles = {record.run_id: Handle.parse(record.handle) for record in group if record.handle}
+    answers = backend_of(group[0]).status(list(handles.values()))
+    for record in group:
+        status = answers[handles[record.run_id]]
+        _keep(record, _settled(record, status, now), ledger, now)
+
+
+def _settled(record: RunRecord, status: Status, now: float) -> Status:
+    """UNKNOWN for ten minutes is LOST."""
+    if status.state is not State.UNKNOWN or status.native == "elsewhere":
+        return status
+    if now - (record.unseen_since or now) < UNSEEN_LIMIT_S:
+        return status
+    waited = format_duration(now - (record.unseen_since or now))
+    return dataclasses.replace(
+        status, state=State.LOST, reason=status.reason or f"the platform has not known it for {waited}"
+    )
+
+
+def _keep(record: RunRecord, status: Status, ledger: Ledger, now: float) -> None:
+    if status.state is State.UNKNOWN and record.unseen_since is None:
+        ledger.update(record.run_id, unseen_since=now)
+    elif status.state not in (State.UNKNOWN, State.LOST) and record.unseen_since is not None:
+        ledger.update(record.run_id, unseen_since=None)
+    ledger.record_status(record.run_id, status)
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            path.rmdir()
+    folder.rmdir()

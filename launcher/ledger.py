@@ -84,8 +84,7 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in value.items() if k in known}
+        values = {k: v for k, v in value.items() if k in _RECORD_KEYS}
         return cls(**{**values, "state": State(values["state"])})
 
     @property
@@ -101,6 +100,9 @@ class RunRecord:
         """Whether the submitting process may still be at it; one on another machine counts as alive."""
         owner = ProcessId.from_json(dict(self.owner))
         return owner.alive if owner.here else True
+
+
+_RECORD_KEYS = frozenset(f.name for f in dataclasses.fields(RunRecord))
 
 
 class Ledger:
@@ -190,7 +192,7 @@ class Ledger:
                 rows = self._refresh(index, entries)
         except (sqlite3.Error, OSError):
             rows = {run_id: self._summary(run_id) for run_id in entries}
-        found = [RunSummary(**json.loads(text)) for text in rows.values() if text]
+        found = [RunSummary(**values) for values in json.loads(f"[{','.join(filter(None, rows.values()))}]")]
         return sorted(found, key=lambda s: (s.created, s.run_id), reverse=True)
 
     def _refresh(self, index: sqlite3.Connection, entries: Mapping[str, os.stat_result]) -> dict[str, str]:
@@ -208,7 +210,7 @@ class Ledger:
     def _summary(self, run_id: str) -> str:
         """JSON of a RunSummary; empty for a damaged file."""
         try:
-            return json.dumps(dataclasses.asdict(RunSummary.of(self.get(run_id))))
+            return json.dumps(vars(RunSummary.of(self.get(run_id))))
         except (SpecError, OSError, TypeError):
             return ""
 

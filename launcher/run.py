@@ -137,11 +137,15 @@ class Run:
         for pause in intervals(first=0.3, most=3.0):
             status = self.status()
             watched = self._say_watched(watched)
-            for line in self._new_logs(logs_at):
-                logs_at = line.cursor or logs_at
-                yield line
-            data, metrics_at = read_appended(self.store(), contract.METRICS, since=metrics_at)
-            yield from reader.feed(data)
+            try:
+                for line in self._new_logs(logs_at):
+                    logs_at = line.cursor or logs_at
+                    yield line
+                data, metrics_at = read_appended(self.store(), contract.METRICS, since=metrics_at)
+                yield from reader.feed(data)
+            except UnreachableError:  # the next look may find it again
+                if status.state.terminal:
+                    raise
             if status != last:
                 yield status
                 last = status

@@ -152,7 +152,7 @@ def _say(message: str, code: int) -> int:
 def _usage(error: click.ClickException) -> str:
     message = error.format_message().rstrip(".")
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return f"{message}; see: {context.command_path} --help" if context else message
+    return f"{message}; see: {context.command_path} --help" if context and not message.endswith("?") else message
 
 
 def _os_error(error: OSError) -> int:

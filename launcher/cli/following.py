@@ -119,6 +119,10 @@ def follow_run(run: Run, out: Out, *, sync_to: Path | None, data_on_stderr: bool
         raise Interrupted(
             f"{run.id} goes on; follow it: cvlaunch watch {run.id}; stop it: cvlaunch cancel {run.id}"
         ) from None
+    except UnreachableError as error:
+        if not run.record.state.terminal:
+            raise
+        out.warn(f"its last lines could not be read: {error}")
     if not ended_before:
         tell_end(run, out)
     folder = _bring(run, sync_to, out) if sync_to is not None else None

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from launcher.stores import Progress
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from launcher.stores import Progress
 
 __all__ = ["Column", "Out", "clean", "console", "style_of_state"]
 

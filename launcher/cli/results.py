@@ -16,6 +16,7 @@ from launcher.cli.options import find_run, json_option, run_argument, runs_argum
 from launcher.cli.out import Column, Out, clean
 from launcher.errors import SpecError
 from launcher.metrics import Metrics, Point, format_value
+from launcher.quantities import format_size
 
 if TYPE_CHECKING:
     from launcher.compare import Comparison, Difference
@@ -196,14 +197,11 @@ def sync(*, run: str, to: Path, include: tuple[str, ...], exclude: tuple[str, ..
         result = found.sync(to, include=include, exclude=exclude, progress=progress)
     folder = to / found.id
     if out.as_json:
-        out.document({"run_id": found.id, "folder": str(folder.absolute()), **result_json(result)})
+        counted = {"files": result.files, "bytes": result.bytes, "skipped": result.skipped}
+        out.document({"run_id": found.id, "folder": str(folder.absolute()), **counted})
     else:
         out.data(str(folder))
-        out.note(str(result))
-
-
-def result_json(result: object) -> dict[str, object]:
-    return dict(vars(result))
+        out.note(f"{result.files} files, {format_size(result.bytes)}; {result.skipped} were there already")
 
 
 @click.command()

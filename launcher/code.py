@@ -148,9 +148,11 @@ def _ignored(root: Path, names: set[str]) -> set[str]:
         _git(empty, "init", "--quiet", "--template=")
         (empty / ".git/info").mkdir(exist_ok=True)
         (empty / ".git/info/exclude").write_bytes(rules.read_bytes())
-        options = ("-c", f"core.excludesFile={os.devnull}", "-c", "core.ignoreCase=false")
-        asked = b"".join(os.fsencode(name) + b"\0" for name in sorted(names))
-        return set(_split(_git(empty, *options, "check-ignore", "--no-index", "-z", "--stdin", stdin=asked, no=1)))
+        _git(empty, "config", "core.excludesFile", os.devnull)
+        _git(empty, "config", "core.ignoreCase", "false")
+        asked = b"".join(b"./" + os.fsencode(name) + b"\0" for name in sorted(names))  # ./ as :(top)x means something
+        found = _split(_git(empty, "check-ignore", "--no-index", "-z", "--stdin", stdin=asked, no=1))
+        return {name.removeprefix("./") for name in found}
 
 
 def _split(output: bytes) -> list[str]:
@@ -167,7 +169,7 @@ def _git(folder: Path, *arguments: str, stdin: bytes = b"", no: int = 0) -> byte
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
     try:
         done = subprocess.run(
-            ["git", "--no-optional-locks", "--literal-pathspecs", *arguments],
+            ["git", "--no-optional-locks", *arguments],
             cwd=folder,
             input=stdin,
             capture_output=True,

@@ -46,7 +46,7 @@ def eject_templates(backend: type[Backend], to: Path) -> Path:
 def transport_of(backend: Backend | type[Backend], output: str) -> Transport:
     """Who moves what, for this place of output."""
     table = backend.transports
-    transport = table.get(scheme(output) or "file") or table.get("*")
+    transport = table.get(scheme(output))
     if transport is None:
         raise UnsupportedError(
             f"the {backend.name} backend can't write to {output}; it knows {', '.join(sorted(table))}", key="output"

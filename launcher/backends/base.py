@@ -253,7 +253,7 @@ class Backend(Protocol):
     features: ClassVar[Mapping[Feature, Support]]
     rules: ClassVar[ContainerRules]
     transports: ClassVar[Mapping[str, Transport]]
-    """Scheme of the output (`*` for any other) → who moves what."""
+    """Scheme of the output → who moves what."""
 
     def __init__(self, target: Any, target_name: str) -> None: ...
 

@@ -28,7 +28,16 @@ from launcher.backends.base import (
     Support,
     Transport,
 )
-from launcher.contract import CANCEL, EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_PREEMPTED, RESULT, JobFile, Layout
+from launcher.contract import (
+    CANCEL,
+    EXIT_BAD_CONFIG,
+    EXIT_CANCELLED,
+    EXIT_PREEMPTED,
+    OUTPUT_FOLDERS,
+    RESULT,
+    JobFile,
+    Layout,
+)
 from launcher.logfiles import follow_logs
 from launcher.process import ProcessId
 from launcher.quantities import format_size
@@ -46,6 +55,8 @@ _RESULT_STATES = {
     "PREEMPTED": State.FAILED,
 }
 """The runner's word in result.json → ours. A preemption that nobody restarts is a failure."""
+
+_CHANNELS = {"client": "path", "file": "path", "s3": "staged", "gs": "staged"}
 
 _CODE_STATES = {0: State.SUCCEEDED, EXIT_CANCELLED: State.CANCELLED}
 """Exit code → state, where the runner left no result; any other is FAILED."""
@@ -101,14 +112,9 @@ class LocalBackend:
         Feature.EXEC: Support(False, "the process runs here: use your own shell"),
     }
     transports: ClassVar[Mapping[str, Transport]] = {
-        "file": Transport(
-            channels={"client": "path", "file": "path", "s3": "staged", "gs": "staged"},
-            movers={"checkpoints": "in_place", "model": "in_place", "output": "in_place"},
-        ),
-        "*": Transport(
-            channels={"client": "path", "file": "path", "s3": "staged", "gs": "staged"},
-            movers={"checkpoints": "runner", "model": "runner", "output": "runner"},
-        ),
+        "file": Transport(_CHANNELS, dict.fromkeys(OUTPUT_FOLDERS, "in_place")),
+        "s3": Transport(_CHANNELS, dict.fromkeys(OUTPUT_FOLDERS, "runner")),
+        "gs": Transport(_CHANNELS, dict.fromkeys(OUTPUT_FOLDERS, "runner")),
     }
 
     def __init__(self, target: LocalTarget, target_name: str) -> None:

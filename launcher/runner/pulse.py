@@ -26,7 +26,7 @@ class Rhythm:
     look_quick_s: float = 5.0
     look_s: float = 15.0
     beat_quick_s: float = 30.0
-    beat_s: float = 60.0
+    beat_s: float = 120.0
 
     @classmethod
     def of(cls, store: Store) -> Rhythm:

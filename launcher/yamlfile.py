@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 50
 _MAX_NODES = 50_000
 _MAX_DIGITS = 100
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""`"\\ud800"` is YAML, but has no UTF-8."""
 _TEXT = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 _INTEGER = "tag:yaml.org,2002:int"
@@ -95,12 +98,16 @@ def _lines(root: yaml.Node, file: Path | None) -> Iterator[tuple[KeyPath, int]]:
             raise SpecError(f"its aliases expand to more than {_MAX_NODES} values", file=file)
         if isinstance(node, yaml.MappingNode):
             yield from _keys(path, node, file)
-            stack += [((*path, str(key.value)), value) for key, value in node.value]
+            stack += [((*path, str(key.value)), value) for key, value in reversed(node.value)]
         elif isinstance(node, yaml.SequenceNode):
-            stack += [((*path, i), value) for i, value in enumerate(node.value)]
+            stack += [((*path, i), value) for i, value in reversed([*enumerate(node.value)])]
             yield from (((*path, i), value.start_mark.line + 1) for i, value in enumerate(node.value))
         elif node.tag == _INTEGER and len(node.value) > _MAX_DIGITS:
             raise SpecError(f"a number of {len(node.value)} digits", file=file, line=line, key=_dotted(path))
+        elif _HALF_CHARACTER.search(node.value):
+            raise SpecError(
+                "holds half a character, which no file or name can", file=file, line=line, key=_dotted(path)
+            )
 
 
 def _dotted(path: KeyPath) -> str:
@@ -117,6 +124,8 @@ def _keys(path: KeyPath, node: yaml.MappingNode, file: Path | None) -> Iterator[
             raise SpecError(
                 f"YAML takes the key {key.value!r} for something else than text; quote it", file=file, line=line
             )
+        if _HALF_CHARACTER.search(key.value):
+            raise SpecError("a key holds half a character", file=file, line=line)
         if key.value in seen and key.tag != _MERGE:
             raise SpecError("given twice", file=file, line=line, key=_dotted((*path, key.value)))
         seen.add(key.value)

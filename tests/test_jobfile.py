@@ -201,7 +201,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.dictionaries(KEYS, VALUES, max_size=6), plausible=st.booleans())
 def test_any_yaml_is_a_job_or_a_spec_error(tmp_path: Path, content: dict[str, object], plausible: bool) -> None:
     whole = {**yaml.safe_load(GOOD), **content} if plausible else content

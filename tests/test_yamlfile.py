@@ -69,6 +69,8 @@ def test_line_of_what_is_not_there_is_that_of_its_parent(tmp_path: Path) -> None
         ("a: !!int ''\n", None, "not YAML"),
         ("a: !!timestamp x\n", None, "not YAML"),
         ("a: !!python/object/apply:os.system [exit]\n", 1, "could not determine a constructor"),
+        ('a:\n  b: "\\ud800"\n', 2, "a.b: holds half a character"),
+        ('a: 1\n"\\udfff": 1\n', 2, "a key holds half a character"),
         ("a: =\n", 1, "could not determine a constructor"),
         ("a: " + "x" * (1 << 20), None, "larger than 1 MiB"),
     ],

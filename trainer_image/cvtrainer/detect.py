@@ -35,6 +35,9 @@ __all__ = ["train"]
 _AGREE_EVERY = 8
 """Steps between two questions to all ranks whether one was asked to stop."""
 
+_CONFIDENCE = 0.25
+"""From which a box counts in the confusion matrix: what Ultralytics' own predict shows."""
+
 _IMAGES = (".avif", ".bmp", ".dng", ".heic", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 _COPIED_PLOTS = (
     "results.csv",
@@ -333,13 +336,22 @@ def resumed(session: Session) -> tuple[Any, dict[str, object]] | None:
 
 
 def callbacks(session: Session, clock: Clock) -> dict[str, Callable[[Any], None]]:
-    """Ultralytics' events → what happens then. Each gets its trainer."""
+    """Ultralytics' events → what happens then. Each gets its trainer, in validation its validator."""
     return {
         "on_train_start": lambda trainer: check_labels(session, trainer),
         "on_train_epoch_start": lambda trainer: begin_epoch(session, clock, trainer=trainer),
         "on_train_batch_end": lambda trainer: stop_if_asked(session, clock, trainer=trainer),
         "on_model_save": lambda trainer: end_epoch(session, clock, trainer=trainer),
+        "on_val_batch_start": count_confident_boxes,
     }
+
+
+def count_confident_boxes(validator: Any) -> None:
+    """In the confusion matrix. In training Ultralytics counts every box of 0.1 % confidence: thousands of mistakes."""
+    matrix = validator.confusion_matrix
+    if "process_batch" not in vars(matrix):
+        count = matrix.process_batch
+        matrix.process_batch = lambda found, truth, **_: count(found, truth, conf=_CONFIDENCE)
 
 
 def check_labels(session: Session, trainer: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants", "signal_group"]
+__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants", "signal_group", "with_variable"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ def descendants(pid: int) -> list[int]:
         below = children.get(todo.pop(), [])
         found += below
         todo += below
+    return found
+
+
+def with_variable(name: str, value: str) -> list[int]:
+    """Our own processes that were started with this environment variable (Linux)."""
+    wanted = f"{name}={value}".encode()
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
     return found
 
 

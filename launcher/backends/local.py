@@ -39,7 +39,7 @@ from launcher.contract import (
     Layout,
 )
 from launcher.logfiles import follow_logs
-from launcher.process import ProcessId
+from launcher.process import ProcessId, with_variable
 from launcher.quantities import format_size
 from launcher.status import State, Status
 from launcher.stores import Store, open_store, path_of, scheme
@@ -197,6 +197,9 @@ class LocalBackend:
             os.kill(record.supervisor.pid, signal.SIGTERM)
         elif record.runner and record.runner.here and record.runner.alive:
             os.kill(record.runner.pid, signal.SIGTERM)
+        else:  # nobody is left to save anything
+            for pid in _left_behind(folder):
+                os.kill(pid, signal.SIGKILL)
 
     def remove(self, handle: Handle) -> None:
         shutil.rmtree(self._folder(handle.native).path, ignore_errors=True)
@@ -221,7 +224,7 @@ def _status(folder: SupervisorFolder) -> Status:
         return Status(State.UNKNOWN, native="elsewhere", reason=f"it runs on {record.supervisor.host}; ask there")
     if record.supervisor.alive:
         return _running(folder, record, record.phase)
-    if record.runner and record.runner.alive:
+    if (record.runner and record.runner.alive) or _left_behind(folder):
         return _running(folder, record, "unsupervised")
     return _without_supervisor(folder, record)
 
@@ -270,6 +273,12 @@ def _without_supervisor(folder: SupervisorFolder, record: Record) -> Status:
     return dataclasses.replace(lost, reason=f"{reason}; go on with: cvlaunch submit --resume {folder.path.name}")
 
 
+def _left_behind(folder: SupervisorFolder) -> list[int]:
+    """Processes of the command that outlived the supervisor and the runner."""
+    root = folder.environment().get("CVLAUNCH_ROOT")
+    return with_variable("CVLAUNCH_ROOT", root) if root else []
+
+
 def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
     """Of these modules, those that `python` can't import; None if it can't be started."""
     if python == sys.executable:
@@ -277,7 +286,7 @@ def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
     script = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
     try:
         answer = subprocess.run(
-            [python, "-c", script, *modules], capture_output=True, text=True, timeout=60, check=True
+            [python, "-c", script, *modules], capture_output=True, text=True, timeout=60, check=True, cwd="/"
         )
     except (OSError, subprocess.SubprocessError):
         return None

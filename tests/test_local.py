@@ -1,0 +1,251 @@
+"""What the local backend promises beyond the suite of all backends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher import Run, State, submit
+from launcher.errors import SpecError
+from launcher.ledger import Ledger
+from launcher.process import descendants
+from launcher.supervisor import SupervisorFolder
+from launcher.testing.conformance import STOPPABLE, job, ledger, run_job, text_of, until
+from tests.s3_fixtures import Bucket
+from tests.worlds.local import LocalWorld
+
+__all__ = ["job", "ledger", "run_job"]
+
+SLEEP = "import time; print('sleeping', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> LocalWorld:
+    return LocalWorld(tmp_path / "world")
+
+
+def supervisor(run: Run) -> SupervisorFolder:
+    return SupervisorFolder(Path(run.record.target["root"]) / run.id)
+
+
+def change_record(run: Run, **changes: str) -> None:
+    """As another boot or another machine would have written it."""
+    path = supervisor(run).path / "supervisor.json"
+    record = json.loads(path.read_text())
+    for part in ("supervisor", "runner"):
+        record[part] |= changes
+    path.write_text(json.dumps(record))
+
+
+def kill_all(run: Run, *, command: bool = True) -> None:
+    """SIGKILL to the supervisor and the runner; command: and to all below them."""
+    record = supervisor(run).record()
+    assert record is not None
+    assert record.runner is not None
+    below = [pid for pid in descendants(record.supervisor.pid) if command or pid == record.runner.pid]
+    for pid in (record.supervisor.pid, *below):
+        os.kill(pid, signal.SIGKILL)
+    while supervisor(run).locked() or record.runner.alive:
+        time.sleep(0.02)
+
+
+def test_after_a_reboot_a_run_is_lost_and_can_go_on(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(STOPPABLE)
+    until(lambda: "starts from None" in text_of(run), world)
+    kill_all(run)
+    change_record(run, boot="an-earlier-boot")
+    status = run.status()
+    assert (status.state, status.reason.split(";")[0]) == (State.LOST, "the machine was restarted")
+    again = run.resume()
+    until(lambda: text_of(again).count("starts from None") == 2, world)
+    assert again.status().attempt == 2
+    assert again.cancel().state in (State.STOPPING, State.CANCELLED)
+    assert again.wait(timeout=60).state is State.CANCELLED
+
+
+def test_the_same_number_as_another_process_is_not_the_run(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(SLEEP)
+    until(lambda: "sleeping" in text_of(run), world)
+    kill_all(run)
+    path = supervisor(run).path / "supervisor.json"
+    record = json.loads(path.read_text())
+    record["supervisor"]["pid"] = record["runner"]["pid"] = os.getpid()
+    path.write_text(json.dumps(record))
+    status = run.status()
+    assert (status.state, "was killed" in status.reason) == (State.LOST, True)
+
+
+def test_a_run_on_another_machine_is_unknown_here(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(SLEEP)
+    until(lambda: "sleeping" in text_of(run), world)
+    original = (supervisor(run).path / "supervisor.json").read_text()
+    change_record(run, host="other-host")
+    status = run.status()
+    assert (status.state, status.reason) == (State.UNKNOWN, "it runs on other-host; ask there")
+    (supervisor(run).path / "supervisor.json").write_text(original)
+
+
+def test_a_runner_without_its_supervisor_is_followed_to_its_end(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job("import time; print('started', flush=True); time.sleep(3)")
+    until(lambda: "started" in text_of(run), world)
+    record = supervisor(run).record()
+    assert record is not None
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.alive, world)
+    status = run.status()
+    assert (status.state, status.native) == (State.RUNNING, "unsupervised")
+    assert run.wait(timeout=60).state is State.SUCCEEDED
+
+
+def test_a_stopped_supervisor_stops_the_job_with_its_checkpoint(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    """As at a shutdown of the machine: the job is not started again by a process that is itself to end."""
+    run = run_job(STOPPABLE)
+    until(lambda: "starts from None" in text_of(run), world)
+    record = supervisor(run).record()
+    assert record is not None
+    os.kill(record.supervisor.pid, signal.SIGTERM)
+    status = run.wait(timeout=60)
+    assert (status.state, status.exit_code) == (State.FAILED, 75)
+    assert run.resume().wait(timeout=60).state is State.SUCCEEDED
+    assert "starts from 1" in text_of(run)
+
+
+def test_a_command_that_ignores_the_signal_is_killed_with_all_it_started(
+    run_job: Callable[..., Run], world: LocalWorld
+) -> None:
+    run = run_job(
+        """
+        import os, signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        print("pids", os.getpid(), child.pid, flush=True)
+        time.sleep(600)
+        """,
+        resources={"grace": "2s"},
+    )
+    until(lambda: "pids" in text_of(run), world)
+    (line,) = [line for line in text_of(run).splitlines() if line.startswith("pids")]
+    run.cancel()
+    assert run.wait(timeout=60).state is State.CANCELLED
+    for pid in line.split()[1:]:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_timeout_counts_all_attempts(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(SLEEP, resources={"timeout": "2s", "grace": "5s"}, retries=3)
+    status = run.wait(timeout=60)
+    assert status.state is State.TIMED_OUT
+    assert "2" in status.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["resources.gpus=64"], "resources.gpus: 64 wanted, this machine has"),
+        (["name=x", "resources.gpu=A100"], "gpu names a model but gpus is 0"),
+    ],
+)
+def test_more_than_the_machine_has_is_refused(job: Callable[..., Path], settings: list[str], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        submit(job("print(1)"), target="world", settings=settings)
+
+
+def test_a_python_that_can_t_train_is_refused(job: Callable[..., Path], world: LocalWorld, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    path = job("print(1)")
+    for python, says in (
+        ("/no/such/python", "correct the target's key `python`"),
+        (f"{bare}/bin/python", "lacks launcher"),
+    ):
+        target = {**world.target, "python": python}
+        (path.parent / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": target}}))
+        with pytest.raises(SpecError, match=says):
+            submit(path, target="world")
+    assert Ledger().ids() == []
+
+
+def test_what_outlived_its_runner_is_known_and_can_be_ended(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job("import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)")
+    until(lambda: "pid" in text_of(run), world)
+    (line,) = [line for line in text_of(run).splitlines() if line.startswith("pid")]
+    kill_all(run, command=False)
+    assert run.status().native == "unsupervised"
+    run.cancel()
+    until(lambda: not Path(f"/proc/{line.split()[1]}").exists(), world)
+    assert run.status().state is State.LOST
+
+
+def test_two_ranks_keep_the_meaning_of_exit_codes(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    script = """
+        import json, os, pathlib, sys
+        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+        if os.environ["RANK"] == "0":
+            path = pathlib.Path(os.environ["CVLAUNCH_OUTPUT"]) / "exit.json"
+            path.with_suffix(".part").write_text(json.dumps({"code": 64, "reason": "a wrong key"}))
+            path.with_suffix(".part").rename(path)
+        sys.exit(64)
+    """
+    run = run_job(script, resources={"processes": 2}, retries=3)
+    status = run.wait(timeout=120)
+    assert (status.state, status.exit_code, status.reason) == (State.FAILED, 64, "a wrong key")
+    assert text_of(run).count("rank 0 of 2") == 1
+    assert text_of(run).count("rank 1 of 2") == 1
+
+
+def test_an_object_store_takes_the_results(
+    tmp_path: Path, moto_bucket: Bucket, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that every cloud backend goes: the runner uploads, the client reads the store."""
+    storage = {"endpoint": moto_bucket.server.endpoint, "region": "us-east-1"}
+    target = {
+        "backend": "local",
+        "output": f"{moto_bucket.uri}/runs",
+        "root": str(tmp_path / "root"),
+        "storage": storage,
+    }
+    (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"far": target}}))
+    script = "\n".join(
+        [
+            "import json, os, pathlib, time",
+            "print('hello', flush=True)",
+            "line = {'step': 1, 'epoch': 1, 'time': 0, 'split': 'val', 'values': {'accuracy': 0.75}}",
+            "pathlib.Path(os.environ['CVLAUNCH_OUTPUT'], 'metrics.jsonl').write_text(json.dumps(line) + '\\n')",
+            "pathlib.Path(os.environ['CVLAUNCH_MODEL'], 'model.bin').write_bytes(b'weights')",
+            "time.sleep(2)",
+        ]
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "far", "command": [sys.executable, "-c", script]}))
+    run = submit(tmp_path / "job.yaml", target="far", ledger=ledger)
+    seen = [type(event).__name__ for event in run.follow()]
+    assert {"LogLine", "Point", "Status"} <= set(seen)
+    assert run.status().state is State.SUCCEEDED
+    assert run.metrics().summary() == {"val/accuracy": 0.75}
+    folder = run.sync(tmp_path / "home").path
+    assert (folder / "model/model.bin").read_bytes() == b"weights"
+    assert json.loads((folder / "output/result.json").read_text())["upload"] == "complete"
+    assert not list(run.store().list("segments"))
+    started = time.monotonic()
+    assert run.sync(tmp_path / "home").files == 0
+    assert time.monotonic() - started < 30
+
+
+def test_a_folder_that_can_t_be_written_ends_with_64_before_data_is_staged(tmp_path: Path, ledger: Ledger) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = {"backend": "local", "output": str(tmp_path / "file/runs"), "root": str(tmp_path / "root")}
+    (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"blocked": target}}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "x", "command": ["true"], "data": {"train": "data"}}))
+    run = submit(tmp_path / "job.yaml", target="blocked", ledger=ledger)
+    status = run.wait(timeout=60)
+    assert (status.state, status.exit_code) == (State.FAILED, 64)
+    assert "file" in status.reason

@@ -32,7 +32,7 @@ def world(tmp_path: Path) -> RunnerWorld:
     return RunnerWorld(tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 3, 64, 75])
+@pytest.mark.parametrize("code", [3, 64])
 def test_exit_code_with_50_orphans_around(world: RunnerWorld, code: int) -> None:
     program = (
         ORPHANS + ZOMBIES + f"time.sleep(0.5); print('zombies:', zombies(), 'parent', os.getppid()); sys.exit({code})"

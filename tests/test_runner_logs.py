@@ -179,3 +179,12 @@ def test_environment_file(world: RunnerWorld) -> None:
     facts = json.loads(world.read("output/environment.json"))
     assert facts["image"] == "repo/image@sha256:1" and facts["memory"] > 2**20 and facts["shm"]
     assert facts["packages"]["pytest"] and re.match(r"3\.\d+", facts["python"]) and facts["cpus"] >= 1
+
+
+def test_full_disk_costs_log_lines_and_not_the_training(world: RunnerWorld) -> None:
+    """/dev/full stands for a disk without room."""
+    logs = world.run / "output/logs"
+    logs.mkdir(parents=True)
+    (logs / "attempt-1.node-0.log").symlink_to("/dev/full")
+    ended = world.end(world.job(python("print('x' * 200000); print('done')")))
+    assert ended.code == 0 and "\ndone\n" in ended.output

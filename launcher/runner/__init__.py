@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from launcher.runner.main import main
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from launcher.runner.init import stand_aside_as_init
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """PID 1 is left before anything else is imported: it stays small, and signals count from here on."""
+    stand_aside_as_init()
+    from launcher.runner.main import run
+
+    run(sys.argv[1:] if arguments is None else arguments, dict(os.environ))

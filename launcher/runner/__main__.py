@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
+from launcher.runner import main
 
-from launcher.runner.main import main
-
-sys.exit(main())
+main()

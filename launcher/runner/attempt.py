@@ -126,14 +126,13 @@ class Attempt:
         self._checkpoints_before = complete_checkpoints(place.layout.checkpoints)
         self._pulse = Pulse(place.store, stop, self._progress.facts, where=place.where)
         self._describer = threading.Thread(target=self._describe, daemon=True)
-        node = place.ranks.node_rank
-        log.open(place.home.root / contract.LOGS / f"attempt-{number}.node-{node}.log")
 
     def run(self) -> int:
         """The exit code."""
-        self._describer.start()
         uploader = None
         try:
+            self._open_log()
+            self._describer.start()
             restored = self._stop.during(self._restore)
             uploader = self._start_uploader(restored)
             outcome = self._train(self._stop.during(self._prepare))
@@ -145,6 +144,10 @@ class Attempt:
             self._log.say(traceback.format_exc())
             outcome = Outcome(Word.FAILED, 1, f"{type(error).__name__}: {error}")
         return self._close(outcome, uploader)
+
+    def _open_log(self) -> None:
+        name = f"attempt-{self._progress.attempt}.node-{self._place.ranks.node_rank}.log"
+        self._log.open(self._place.home.root / contract.LOGS / name)
 
     # -- prepare ------------------------------------------------------------------------------------------------------
 
@@ -269,19 +272,30 @@ class Attempt:
         place, progress = self._place, self._progress
         if self._stop.reason is not None:
             raise Stopped
+        if self._time_left() <= 0:
+            self._stop.ask(Reason.TIMEOUT)
+            return End(1)
         if place.first:
             place.layout.exit.unlink(missing_ok=True)
         since = 0.0 if place.first else time.time() - _CLOCKS_APART_S
         progress.phase, progress.running_since = "running", time.monotonic()
         child = Child(command, self._log, first_rank=place.ranks.node_rank * self._job.processes, ended=self._stop.wake)
+        try:
+            code = self._follow(child)
+        except BaseException:  # it must not outlive us
+            child.finish(0)
+            raise
+        progress.rest()
+        saved = complete_checkpoints(place.layout.checkpoints) - self._checkpoints_before
+        return End(code, read_exit_file(place.layout.exit, since=since), bool(saved))
+
+    def _follow(self, child: Child) -> int:
+        """The exit code; the child is stopped when a stop is asked for or the time is up."""
         while child.running and self._stop.reason is None:
             self._stop.wait(min(self._time_left(), 60.0))
             if self._time_left() <= 0:
                 self._stop.ask(Reason.TIMEOUT)
-        code = child.finish(_SETTLE_S) if self._stop.reason is None else self._stop_child(child, self._stop.reason)
-        progress.rest()
-        saved = complete_checkpoints(place.layout.checkpoints) - self._checkpoints_before
-        return End(code, read_exit_file(place.layout.exit, since=since), bool(saved))
+        return child.finish(_SETTLE_S) if self._stop.reason is None else self._stop_child(child, self._stop.reason)
 
     def _time_left(self) -> float:
         timeout = self._job.timeout_s
@@ -317,7 +331,8 @@ class Attempt:
             write_failure(self._place.home.failure, self._log.mask(outcome.reason), self._log.last_lines())
         why = f": {outcome.reason}" if outcome.reason else ""
         self._log.say(f"{outcome.state}, exit code {outcome.exit_code}{why}")
-        self._describer.join(_DESCRIBE_S)
+        if self._describer.ident:
+            self._describer.join(_DESCRIBE_S)
         self._write_result(outcome, self._finish_upload(uploader))
         self._pulse.end()
         self._progress.phase = "ended"
@@ -330,8 +345,9 @@ class Attempt:
         if uploader is None:
             return "incomplete" if self._moved() else "in_place"
         uploader.finish()
+        since = time.monotonic()
         while not uploader.done.wait(0.05):
-            idle = time.monotonic() - uploader.progress_at
+            idle = time.monotonic() - max(since, uploader.progress_at)
             late = self._stop.reason is not None and self._stop.left(_UPLOAD_SHARE * self._job.grace_s) <= 0
             if late or idle > _UPLOAD_PATIENCE_S:
                 uploader.give_up()

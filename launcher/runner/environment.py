@@ -76,6 +76,10 @@ def _gpus() -> list[dict[str, str]]:
 
 
 def _packages() -> dict[str, str]:
-    from importlib import metadata
-
-    return {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    """Name → version by the names of the metadata folders; reading the files in them takes 100 times as long."""
+    found: dict[str, str] = {}
+    for folder in map(Path, sys.path):
+        for path in sorted(folder.glob("*.dist-info")):
+            name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
+            found.setdefault(name.replace("_", "-").lower(), version)
+    return found

@@ -24,7 +24,7 @@ class JobSource:
 
 
 def command_of_arguments(arguments: Sequence[str]) -> tuple[str, ...] | None:
-    """The command after `--`, None without one."""
+    """The command after `--`, None without one. SpecError, which is the usage, for anything else."""
     if not arguments:
         return None
     if arguments[0] != "--" or len(arguments) < 2:

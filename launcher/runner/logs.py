@@ -5,6 +5,7 @@ A line of the file is `2026-11-21T23:19:31.123Z [0] text`; the tag is the rank, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -74,10 +75,14 @@ class RunLog:
             if tag != "-":
                 self._last.append(text)
             self._show(shown.encode(errors="replace") + b"\n")
-            if self._file is None:
-                self._early.append(entry)
-            else:
-                _write(self._file, entry)
+            self._keep(entry)
+
+    def _keep(self, entry: bytes) -> None:
+        if self._file is None:
+            self._early.append(entry)
+            return
+        with contextlib.suppress(OSError):  # a full disk costs log lines, not the training
+            _write(self._file, entry)
 
     def _show(self, data: bytes) -> None:
         if self._out is None:

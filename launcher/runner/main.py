@@ -10,27 +10,22 @@ from typing import NoReturn
 from launcher.contract import EXIT_CANCELLED, EXIT_PREEMPTED, OWNER, Layout
 from launcher.errors import CvlaunchError
 from launcher.runner.attempt import Attempt, exit_code_of_error
-from launcher.runner.init import stand_aside_as_init
-from launcher.runner.job import USAGE, command_of_arguments, read_job
+from launcher.runner.job import command_of_arguments, read_job
 from launcher.runner.logs import RunLog
 from launcher.runner.place import NothingToRun, enter, find_place
 from launcher.runner.result import write_failure
 from launcher.runner.stop import Reason, Stop, Stopped
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["-h"], ["--help"]):
-        sys.stdout.write(f"{USAGE}\n")
-        sys.exit(0)
-    stand_aside_as_init()
+def run(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """Ends the process, whatever threads still hang in a store: they must not keep the machine."""
     stop = Stop()
     stop.install()
-    code = _run(arguments, dict(os.environ), stop, RunLog())
+    code = _run(arguments, environ, stop, RunLog())
     sys.stdout.flush()
-    os._exit(code)  # a thread that hangs in a store must not keep the machine
+    os._exit(code)
 
 
 def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: RunLog) -> int:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from launcher.backends.base import LogLine
     from launcher.run import Run
 
-__all__ = ["follow_run", "tell_end", "wait", "watch"]
+__all__ = ["follow_run", "goes_on", "log_text", "tell_end", "wait", "watch"]
 
 
 @click.command()
@@ -116,9 +116,7 @@ def follow_run(run: Run, out: Out, *, sync_to: Path | None, data_on_stderr: bool
             for event in run.follow():
                 view.show(event)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"{run.id} goes on; follow it: cvlaunch watch {run.id}; stop it: cvlaunch cancel {run.id}"
-        ) from None
+        raise Interrupted(goes_on(run.id, f"watch {run.id}")) from None
     except UnreachableError as error:
         if not run.record.state.terminal:
             raise
@@ -160,6 +158,11 @@ def _print_end(run: Run, status: Status, folder: Path | None, out: Out, *, err: 
     if status.state is not State.SUCCEEDED and status.state is not State.CANCELLED:
         out.note(f"its log: cvlaunch logs {run.id}")
     out.note(f"results: {folder if folder is not None else run.output}")
+
+
+def goes_on(run_id: str, again: str) -> str:
+    """What is said when somebody stops looking."""
+    return f"{run_id} goes on\n  look again:  cvlaunch {again}\n  stop it:     cvlaunch cancel {run_id}"
 
 
 def tell_end(run: Run, out: Out) -> None:

@@ -148,5 +148,6 @@ def _transport_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             facts["outputs"][0]["uri"],
             f"put there before the call, {format_size(path['size'])}",
         )
-    for folder, mover in facts["movers"].items():
-        yield folder, facts["outputs"][0]["uri"], _MOVERS[mover]
+    for mover in dict.fromkeys(facts["movers"].values()):
+        folders = [folder for folder, moved_by in facts["movers"].items() if moved_by == mover]
+        yield ", ".join(folders), facts["outputs"][0]["uri"], _MOVERS[mover]

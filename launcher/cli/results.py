@@ -60,14 +60,14 @@ def _has_ranks(run: Run) -> bool:
 
 @contextlib.contextmanager
 def _detached(run: Run, how: str) -> Iterator[None]:
+    from launcher.cli.following import goes_on
+
     try:
         yield
     except KeyboardInterrupt:
         if run.status().state.terminal:
             raise
-        raise Interrupted(
-            f"{run.id} goes on; look again: cvlaunch {how} {run.id}; stop it: cvlaunch cancel {run.id}"
-        ) from None
+        raise Interrupted(goes_on(run.id, f"{how} {run.id}")) from None
 
 
 @click.command()
@@ -80,9 +80,9 @@ def metrics(*, run: str, as_csv: bool, follow: bool, out: Out) -> None:
 
     --json prints every value by step; with --follow, a JSON object a line. Works while the run goes on.
     """
-    found = find_run(run)
     if as_csv and (follow or out.as_json):
         raise SpecError("--csv goes with neither --follow nor --json")
+    found = find_run(run)
     if follow:
         with _detached(found, "metrics --follow"):
             _follow_metrics(found, out)

@@ -175,7 +175,8 @@ def _announce(run: Run, out: Out, *, follow: bool, sync_to: Path | None) -> int:
     if sync_to is not None and not follow:
         out.warn("--sync has no effect without --follow; later: cvlaunch sync")
     record = run.record
-    out.note(f"run {run.id} on target {record.target_name}; output: {run.output}")
+    out.note(f"run {run.id} on target {record.target_name}")
+    out.note(f"output: {run.output}")
     for reason in record.plan["unpinned"]:
         out.note(f"unpinned: {reason}")
     for warning in record.plan["warnings"]:

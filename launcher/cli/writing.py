@@ -58,7 +58,7 @@ def job_schema() -> dict[str, Any]:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         **{key: gpu[key] for key in ("default", "description", "title") if key in gpu},
     }
-    properties["env"]["additionalProperties"] = {"type": ["string", "number"]}
+    properties["env"]["additionalProperties"] = {"type": ["string", "integer"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **written,

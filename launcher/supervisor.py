@@ -217,19 +217,12 @@ class _Supervision:
         return code
 
     def _attempt(self, attempt: int) -> int:
-        job = self._folder.path / "job.json"
-        job.write_bytes(contract.canonical_json(self._plan["job"]) + b"\n")
-        environ = {**os.environ, **self._plan["env"], "CVLAUNCH_JOB": str(job)}
-        environ |= {"CVLAUNCH_NATIVE_ID": f"{self._me.pid}-{self._me.start}", "CVLAUNCH_ATTEMPT": str(attempt)}
-        environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.least_used(self._plan["limits"]["gpus"]))
-        if self._folder.secrets.exists():
-            environ["CVLAUNCH_SECRETS_FILE"] = str(self._folder.secrets)
+        argv = self._plan["argv"]
+        environ = self._environment(attempt)
         try:
-            self._runner = subprocess.Popen(
-                self._plan["argv"], env=environ, cwd=self._plan["cwd"], start_new_session=True
-            )
+            self._runner = subprocess.Popen(argv, env=environ, cwd=self._plan["cwd"], start_new_session=True)
         except OSError as error:
-            sys.stdout.write(f"{self._plan['argv'][0]} can't be started: {error.strerror}\n")
+            sys.stdout.write(f"{argv[0]} can't be started: {error.strerror}\n")
             sys.stdout.flush()
             return contract.EXIT_BAD_CONFIG
         self._record(ProcessId.of(self._runner.pid), attempt, "running")
@@ -238,6 +231,24 @@ class _Supervision:
         code = self._runner.wait()
         kill_descendants(os.getpid())
         return code if code >= 0 else 128 - code
+
+    def _environment(self, attempt: int) -> dict[str, str]:
+        """The user's, the plan's, and what only a start can know."""
+        job = self._folder.path / "job.json"
+        job.write_bytes(contract.canonical_json(self._plan["job"]) + b"\n")
+        python_folder = str(Path(self._plan["argv"][0]).parent)  # so that `python` in a command is the target's
+        environ = {
+            **os.environ,
+            **self._plan["env"],
+            "PATH": os.pathsep.join([python_folder, os.environ.get("PATH", os.defpath)]),
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus.least_used(self._plan["limits"]["gpus"])),
+            "CVLAUNCH_JOB": str(job),
+            "CVLAUNCH_NATIVE_ID": f"{self._me.pid}-{self._me.start}",
+            "CVLAUNCH_ATTEMPT": str(attempt),
+        }
+        if self._folder.secrets.exists():
+            environ["CVLAUNCH_SECRETS_FILE"] = str(self._folder.secrets)
+        return environ
 
     def _record(self, runner: ProcessId | None, attempt: int, phase: str) -> None:
         self._folder.write_record(Record(self._me, runner, attempt, phase, self._started))

@@ -185,6 +185,18 @@ def test_what_outlived_its_runner_is_known_and_can_be_ended(run_job: Callable[..
     assert run.status().state is State.LOST
 
 
+def test_python_is_the_target_s(
+    tmp_path: Path, world: LocalWorld, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"desk": world.target}}))
+    command = ["python", "-c", "import sys; print('python is', sys.executable)"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "x", "command": command}))
+    run = submit(tmp_path / "job.yaml", target="desk", ledger=ledger)
+    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert Path(text_of(run).split("python is ")[1].split()[0]).parent == Path(sys.executable).parent
+
+
 def test_two_ranks_keep_the_meaning_of_exit_codes(run_job: Callable[..., Run], world: LocalWorld) -> None:
     script = """
         import json, os, pathlib, sys

@@ -16,7 +16,7 @@ from launcher.runner.job import JobSource
 from launcher.runner.logs import RunLog
 from launcher.runner.ranks import Ranks, find_ranks
 from launcher.runner.root import choose_root, in_place, make_folders
-from launcher.stores import StorageOptions, Store, file_uri, join_uri, open_store
+from launcher.stores import StorageOptions, Store, copy_into_place, file_uri, join_uri, open_store
 
 __all__ = ["NothingToRun", "Place", "enter", "find_place"]
 
@@ -75,7 +75,8 @@ def enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
         raise SpecError(f"attempt {owner.attempt} is more than max_attempts, {place.job.max_attempts}")
     make_folders(place.layout)
     if not place.layout.job.exists() or place.layout.job.read_bytes() != data:
-        place.layout.job.write_bytes(data)
+        with copy_into_place(place.layout.job) as file:  # another node may be reading it
+            file.write(data)
     return owner
 
 

@@ -20,7 +20,7 @@ from launcher.sync import Cursor, read_appended
 __all__ = ["follow_logs", "parse_line"]
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) \[(-|\d+)\] ?(.*)", re.DOTALL)
-_FILE = re.compile(rf"{LOGS}/attempt-(\d+)\.node-(\d+)\.log")
+_FILE = re.compile(rf"(?:nodes/\d+/)?{LOGS}/attempt-(\d+)\.node-(\d+)\.log")
 
 
 def parse_line(text: str, *, attempt: int = 1, node: int = 0, cursor: str = "") -> LogLine:
@@ -57,7 +57,7 @@ def follow_logs(
 
 def _files(store: Store) -> Iterator[tuple[str, int, int]]:
     seen = set()
-    for prefix in (LOGS, f"{SEGMENTS}/{LOGS}"):
+    for prefix in (LOGS, "nodes", SEGMENTS):
         for entry in store.list(prefix):
             match = _FILE.search(entry.path)
             if match and match[0] not in seen:

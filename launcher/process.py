@@ -6,11 +6,21 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ProcessId", "adopt_orphans", "descendants", "kill_descendants", "signal_group", "with_variable"]
+__all__ = [
+    "Process",
+    "ProcessId",
+    "adopt_orphans",
+    "descendants",
+    "kill_descendants",
+    "processes",
+    "signal_group",
+    "with_variable",
+]
 
 
 @dataclass(frozen=True)
@@ -85,20 +95,34 @@ def adopt_orphans() -> None:
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
-def descendants(pid: int) -> list[int]:
-    """Every process below `pid`, in other sessions too; not `pid` itself."""
-    children: dict[int, list[int]] = {}
+@dataclass(frozen=True)
+class Process:
+    """A living process. group: its process group."""
+
+    pid: int
+    parent: int
+    group: int
+
+
+def processes() -> Iterator[Process]:
+    """All of this machine, zombies aside (proc(5), stat)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             text = stat.read_text()
-            parent = int(text[text.rindex(")") + 2 :].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found: list[int] = []
-    todo = [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
+            state, parent, group = text[text.rindex(")") + 2 :].split()[:3]
+            if state not in "ZX":
+                yield Process(int(stat.parent.name), int(parent), int(group))
+
+
+def descendants(pid: int) -> list[Process]:
+    """Every process below `pid`, in other sessions too; not `pid` itself."""
+    everything = list(processes())
+    found: list[Process] = []
+    parents = {pid}
+    while parents:
+        below = [p for p in everything if p.parent in parents]
         found += below
-        todo += below
+        parents = {p.pid for p in below}
     return found
 
 
@@ -121,7 +145,7 @@ def kill_descendants(pid: int) -> None:
             return
         for child in below:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+                os.kill(child.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

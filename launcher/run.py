@@ -137,6 +137,8 @@ class Run:
         for pause in intervals(first=0.3, most=3.0):
             status = self.status()
             watched = self._say_watched(watched)
+            if status != last and not status.state.terminal:
+                yield status
             try:
                 for line in self._new_logs(logs_at):
                     logs_at = line.cursor or logs_at
@@ -146,11 +148,10 @@ class Run:
             except UnreachableError:  # the next look may find it again
                 if status.state.terminal:
                     raise
-            if status != last:
-                yield status
-                last = status
             if status.state.terminal:
+                yield status
                 return
+            last = status
             sleep(pause)
 
     def _new_logs(self, since: str) -> Iterator[LogLine]:

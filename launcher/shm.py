@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
-from launcher.spec import ClassifyConfig, DetectConfig
+if TYPE_CHECKING:  # the runner, which starts light, wants the size alone
+    from launcher.spec import ClassifyConfig, DetectConfig
 
 __all__ = ["image_batch_bytes", "loader_need", "need_of", "shm_size"]
 
@@ -39,7 +41,7 @@ def need_of(train: ClassifyConfig | DetectConfig | None, processes: int) -> int 
     """
     if train is None:
         return None
-    need = _classify(train) if isinstance(train, ClassifyConfig) else _detect(train)
+    need = _classify(train) if train.task == "classify" else _detect(train)
     return max(math.ceil(need * processes * _HEADROOM / _UNIT), 1) * _UNIT
 
 

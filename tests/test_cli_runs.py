@@ -17,6 +17,7 @@ import pytest
 
 from launcher.cli.app import main
 from tests.cli_tool import COMMAND, cli, cli_json, ledger_files, user, write_loop
+from tests.s3_fixtures import Bucket
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def test_following_shows_lines_and_metrics_then_brings_the_results(tmp_path: Pat
     assert done.returncode == 1
     assert done.stdout == "local://here/mine\n"
     lines = done.stderr.splitlines()
-    order = ["state: RUNNING", "epoch 1", "epoch 3", "state: FAILED", "results: out/mine"]
+    order = ["epoch 1", "epoch 3", "state: FAILED", "results: out/mine"]
     assert [line for line in lines if line in order] == order
     assert "metrics: epoch 3 · val accuracy 0.6667 · val loss 0.3333" in lines
     assert ["3", "0.3333", "0.6667"] in [line.split() for line in lines]
@@ -240,12 +241,15 @@ def test_following_shows_lines_and_metrics_then_brings_the_results(tmp_path: Pat
 
 
 def test_following_as_json_is_a_line_an_event(tmp_path: Path) -> None:
-    write_loop(tmp_path)
+    write_loop(tmp_path, pause=1.0)
     done = cli("submit", "job.yaml", "--follow", "--json", cwd=tmp_path)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0
     assert [events[0]["type"], events[-1]["type"], events[-1]["state"]] == ["submitted", "end", "SUCCEEDED"]
     assert {event["type"] for event in events} == {"submitted", "status", "log", "metrics", "end"}
+    states = [event["state"] for event in events if event["type"] == "status"]
+    assert states[-2:] == ["RUNNING", "SUCCEEDED"]
+    assert (events[1]["type"], events[-2]["type"]) == ("status", "status")
     assert [event["values"]["loss"] for event in events if event["type"] == "metrics"] == [1.0, 0.5]
 
 
@@ -360,3 +364,25 @@ def plain(text: str) -> str:
     import re
 
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
+
+
+def test_data_is_pushed_first_where_the_target_cannot_see_it(rclone_bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/a.txt").write_text("hello from the store\n")
+    (tmp_path / "targets.yaml").write_text(
+        f"targets:\n  s3: {{backend: local, output: {rclone_bucket.uri}/runs, "
+        f"storage: {{endpoint: {rclone_bucket.server.options.endpoint!r}, region: us-east-1}}}}\n"
+    )
+    script = 'import os; print(open(os.environ["CVLAUNCH_DATA_WORDS"] + "/a.txt").read())'
+    (tmp_path / "job.yaml").write_text(
+        f"name: words\ncommand: [{sys.executable}, -c, {json.dumps(script)}]\ndata: {{words: words}}\n"
+    )
+    done = cli("submit", "job.yaml", "--push-data", "--target", "s3", "--follow", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed data.words to {rclone_bucket.uri}/runs/_data/" in done.stderr
+    assert "hello from the store" in done.stderr
+    assert "unpinned: data.words" not in done.stderr
+    run_id = done.stdout.strip().rpartition("/")[2]
+    assert (tmp_path / "runs" / run_id / "output/result.json").is_file()
+    again = cli("logs", run_id, "--rank", "0", cwd=tmp_path)
+    assert "hello from the store" in again.stdout

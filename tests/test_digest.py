@@ -1,4 +1,4 @@
-"""The job digest covers what decides the result and nothing of where it runs; it is the same from release to release."""
+"""The job digest covers what decides the result and nothing of where it runs, the same from release to release."""
 
 from __future__ import annotations
 

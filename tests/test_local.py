@@ -51,7 +51,7 @@ def kill_all(run: Run, *, command: bool = True) -> None:
     record = supervisor(run).record()
     assert record is not None
     assert record.runner is not None
-    below = [pid for pid in descendants(record.supervisor.pid) if command or pid == record.runner.pid]
+    below = [p.pid for p in descendants(record.supervisor.pid) if command or p.pid == record.runner.pid]
     for pid in (record.supervisor.pid, *below):
         os.kill(pid, signal.SIGKILL)
     while supervisor(run).locked() or record.runner.alive:

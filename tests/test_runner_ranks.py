@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import SpecError, UnreachableError
-from launcher.runner.command import build_command, trainer_folder
+from launcher.paths import trainer_folder
+from launcher.runner.command import build_command
 from launcher.runner.ranks import Ranks, find_ranks, first_host, wait_for_master
 from tests.runner_world import RunnerWorld, python
 

@@ -113,9 +113,7 @@ def test_a_submission_that_arrived_is_adopted(project: Path, ledger: Ledger) -> 
 
 
 @pytest.mark.parametrize("state", [State.PREPARING, State.SENDING])
-def test_a_submission_that_did_not_arrive_is_sent_by_resume_alone(
-    project: Path, ledger: Ledger, state: State
-) -> None:
+def test_a_submission_that_did_not_arrive_is_sent_by_resume_alone(project: Path, ledger: Ledger, state: State) -> None:
     run = submit(project / "job.yaml", target="desk", ledger=ledger)
     run.wait(timeout=60)
     run._open_backend().remove(run.handle)  # type: ignore[arg-type]

@@ -132,6 +132,7 @@ class Bad:
     train: Mapping[str, object] = field(default_factory=dict)
     folders: Mapping[str, Mapping[str, int]] | None = None
     broken: str | None = None
+    weights: bytes = b""
 
 
 BAD = {
@@ -147,8 +148,9 @@ BAD = {
     ),
     "unknown model": Bad("no model 'resnet1x'; did you mean 'resnet", {"model": "resnet1x"}),
     "no network": Bad("train.pretrained: false, or give a data channel `weights`", {"pretrained": True}),
+    "no weights": Bad("weights can't be loaded as weights (UnpicklingError)", weights=b"\x80\x02cos\nsystem\n."),
     "too small": Bad("can't take 8 px", {"model": "test_vit", "image_size": 8}),
-    "bad value": Bad("train.classify.epochs: Input should be greater", {"epochs": 0}),
+    "bad value": Bad("train.epochs: Input should be greater", {"epochs": 0}),
 }
 
 
@@ -167,6 +169,9 @@ def test_a_users_mistake_is_one_line_and_exit_64(data: dict[str, Path], tmp_path
             channels["val"] = channels["train"]
         if bad.broken:
             (root / bad.broken).write_bytes(b"\x89PNG no more")
+        if bad.weights:
+            channels["weights"] = root / "weights"
+            channels["weights"].write_bytes(bad.weights)
         cases.append((layout, channels))
     codes, output = run_each(cases)
     assert dict(zip(BAD, codes, strict=True)) == dict.fromkeys(BAD, 64)

@@ -1,33 +1,28 @@
-"""Following a run: log lines as they come, one live line of metrics, and what is done when it has ended."""
+"""`watch` and `wait`: following runs, and what is done when they have ended."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
 from launcher.cli.app import Interrupted
+from launcher.cli.live import view_of
 from launcher.cli.options import find_run, json_option, run_argument, runs_argument, seconds
-from launcher.cli.out import Out, clean, console, style_of_state
-from launcher.cli.shapes import log_json, point_json, run_json, status_json
+from launcher.cli.out import Out, clean
+from launcher.cli.shapes import run_json
 from launcher.errors import CvlaunchError, UnreachableError
-from launcher.metrics import Point, format_value
 from launcher.quantities import format_duration
 from launcher.status import State, Status
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from launcher.backends.base import LogLine
     from launcher.run import Run
 
-__all__ = ["follow_run", "goes_on", "log_text", "tell_end", "wait", "watch"]
+__all__ = ["follow_run", "goes_on", "tell_end", "wait", "watch"]
 
 
 @click.command()
@@ -112,13 +107,14 @@ def follow_run(run: Run, out: Out, *, sync_to: Path | None, data_on_stderr: bool
     """
     ended_before = run.record.state.terminal
     try:
-        with _view(run, out, data_on_stderr) as view:
+        with view_of(run, out, err=data_on_stderr) as view:
             for event in run.follow():
                 view.show(event)
     except KeyboardInterrupt:
         raise Interrupted(goes_on(run.id, f"watch {run.id}")) from None
-    except UnreachableError as error:
+    except CvlaunchError as error:  # such as a login that ran out
         if not run.record.state.terminal:
+            out.note(goes_on(run.id, f"watch {run.id}"))
             raise
         out.warn(f"its last lines could not be read: {error}")
     if not ended_before:
@@ -141,7 +137,7 @@ def _bring(run: Run, to: Path, out: Out) -> Path | None:
             run.sync(to, progress=progress)
     except KeyboardInterrupt:
         raise Interrupted(f"{run.id} has ended; bring its files with: cvlaunch sync {run.id} {to}") from None
-    except CvlaunchError as error:
+    except (CvlaunchError, OSError) as error:
         out.warn(f"its files could not be brought: {error}; later: cvlaunch sync {run.id} {to}")
         return None
     return to / run.id
@@ -195,164 +191,3 @@ def tell_end(run: Run, out: Out) -> None:
     )
     for problem in send_end(notify, end):
         out.warn(problem)
-
-
-# -- how a run is shown -----------------------------------------------------------------------------------------------
-
-
-class _View(Protocol):
-    def __enter__(self) -> _View: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def show(self, event: LogLine | Status | Point) -> None: ...
-
-
-def _view(run: Run, out: Out, err: bool) -> _View:
-    if out.as_json:
-        return _JsonLines(out)
-    progress = _Progress(run)
-    if (sys.stderr if err else sys.stdout).isatty():
-        return _Terminal(progress, err)
-    return _Plain(progress, out, err)
-
-
-class _Progress:
-    """What the live line says."""
-
-    def __init__(self, run: Run) -> None:
-        spec = run.record.job.get("spec", {})
-        self._epochs = (spec.get("train") or {}).get("epochs")
-        resources = spec.get("resources", {})
-        self.ranked = resources.get("nodes", 1) * max(resources.get("gpus", 0), 1) > 1
-        self._values: dict[str, float] = {}
-        self._epoch: int | None = None
-        self._step = 0
-        self.status = run.record.last_status
-
-    def add(self, point: Point) -> bool:
-        """Whether this point is worth a line of its own where lines can't be replaced."""
-        news = point.split != "train" or point.epoch != self._epoch
-        self._epoch, self._step = point.epoch, point.step
-        self._values |= {_short(point.split, name): value for name, value in point.values.items()}
-        return news
-
-    def metrics(self) -> str:
-        of = f"/{self._epochs}" if self._epochs else ""
-        where = f"epoch {self._epoch}{of}" if self._epoch is not None else f"step {self._step}"
-        values = (f"{name} {format_value(value)}" for name, value in sorted(self._values.items(), key=_interest))
-        return " · ".join([where, *values]) if self._values else ""
-
-    def elapsed(self) -> str:
-        return format_duration(max(0.0, time.time() - self.status.started)) if self.status.started else ""
-
-
-def _short(split: str, name: str) -> str:
-    return name if split == "train" else f"{split} {name}"
-
-
-def _interest(item: tuple[str, float]) -> tuple[int, str]:
-    """Training loss first, then what was validated, then rates."""
-    name = item[0]
-    rank = 0 if name == "loss" else 1 if name.startswith("val ") else 2
-    return rank, name
-
-
-def log_text(line: LogLine, *, ranked: bool, timestamps: bool = False) -> str:
-    """The runner's own lines and, where there are several processes, each line says whose it is."""
-    tag = "[cvlaunch] " if line.rank == "-" and line.time is not None else f"[{line.rank}] " if ranked else ""
-    node = f"node {line.node} " if ranked and line.node else ""
-    when = ""
-    if timestamps and line.time is not None:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(line.time))
-        when = f"{moment}.{int(line.time % 1 * 1000):03}Z "
-    return f"{when}{node}{tag}{line.text}"
-
-
-class _Terminal:
-    """Log lines scroll by above one live line."""
-
-    def __init__(self, progress: _Progress, err: bool) -> None:
-        from rich.live import Live
-
-        self._progress = progress
-        self._console = console(sys.stderr if err else sys.stdout)
-        self._live = Live(get_renderable=self._line, console=self._console, transient=True, refresh_per_second=4)
-
-    def _line(self) -> Text:
-        from rich.text import Text
-
-        state = str(self._progress.status.state)
-        parts = Text(no_wrap=True, overflow="ellipsis")
-        parts.append(state, style=f"bold {style_of_state(state)}")
-        for part in (self._progress.elapsed(), self._progress.metrics()):
-            if part:
-                parts.append(f" · {part}")
-        return parts
-
-    def __enter__(self) -> _Terminal:
-        self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def show(self, event: LogLine | Status | Point) -> None:
-        from rich.text import Text
-
-        if isinstance(event, Status):
-            self._progress.status = event
-        elif isinstance(event, Point):
-            self._progress.add(event)
-        else:
-            text = clean(log_text(event, ranked=self._progress.ranked), colours=True)
-            style = "dim" if event.rank == "-" else ""
-            self._console.print(Text.from_ansi(text, style=style), soft_wrap=True)
-
-
-class _Plain:
-    """Lines in the order in which things happen."""
-
-    def __init__(self, progress: _Progress, out: Out, err: bool) -> None:
-        self._progress, self._out, self._err = progress, out, err
-
-    def __enter__(self) -> _Plain:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def show(self, event: LogLine | Status | Point) -> None:
-        if isinstance(event, Status):
-            if event.state is not self._progress.status.state:
-                self._out.note(f"state: {event.state}")
-            self._progress.status = event
-        elif isinstance(event, Point):
-            if self._progress.add(event):
-                self._print(f"metrics: {self._progress.metrics()}")
-        else:
-            self._print(clean(log_text(event, ranked=self._progress.ranked), colours=False))
-
-    def _print(self, text: str) -> None:
-        """Beside a handle, log lines are messages; --quiet leaves them out."""
-        if not (self._err and self._out.quiet):
-            click.echo(text, err=self._err)
-
-
-class _JsonLines:
-    def __init__(self, out: Out) -> None:
-        self._out = out
-
-    def __enter__(self) -> _JsonLines:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def show(self, event: LogLine | Status | Point) -> None:
-        if isinstance(event, Status):
-            self._out.json_line({"type": "status", **status_json(event)})
-        elif isinstance(event, Point):
-            self._out.json_line({"type": "metrics", **point_json(event)})
-        else:
-            self._out.json_line({"type": "log", **log_json(event)})

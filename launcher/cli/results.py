@@ -36,11 +36,11 @@ def logs(*, run: str, follow: bool, rank: str | None, timestamps: bool, out: Out
 
     --json prints a JSON object a line.
     """
-    from launcher.cli.following import log_text
+    from launcher.cli.live import has_ranks, log_text
     from launcher.cli.shapes import log_json
 
     found = find_run(run)
-    ranked = _has_ranks(found)
+    ranked = has_ranks(found.record)
     if rank is not None and rank != "-" and not rank.isdigit():
         raise SpecError(f"{rank!r} is not a rank; give 0, 1, ..., or - for cvlaunch's own lines", key="--rank")
     with _detached(found, "logs --follow"):
@@ -51,11 +51,6 @@ def logs(*, run: str, follow: bool, rank: str | None, timestamps: bool, out: Out
                 out.json_line(log_json(line))
             else:
                 out.data(clean(log_text(line, ranked=ranked, timestamps=timestamps), colours=sys.stdout.isatty()))
-
-
-def _has_ranks(run: Run) -> bool:
-    resources = run.record.job.get("spec", {}).get("resources", {})
-    return bool(resources.get("nodes", 1) * max(resources.get("gpus", 0), 1) > 1)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,12 @@ from launcher.contract import (
     write_json,
 )
 from launcher.errors import CvlaunchError, UnreachableError
+from launcher.paths import trainer_folder
 from launcher.quantities import format_duration, format_size
 from launcher.runner.child import Child
 from launcher.runner.code import install_requirements, unpack_code
-from launcher.runner.command import Command, build_command, command_environment, trainer_folder
-from launcher.runner.environment import describe_environment, shm_size
+from launcher.runner.command import Command, build_command, command_environment
+from launcher.runner.environment import describe_environment
 from launcher.runner.logs import RunLog
 from launcher.runner.place import Place
 from launcher.runner.pulse import Pulse, read_heartbeat
@@ -46,6 +47,7 @@ from launcher.runner.secret import read_secrets
 from launcher.runner.stage import check_room, restore_checkpoint, restore_metrics, stage_channels
 from launcher.runner.stop import Reason, Stop, Stopped, within
 from launcher.runner.upload import Uploader
+from launcher.shm import shm_size
 
 __all__ = ["Attempt", "exit_code_of_error"]
 

@@ -8,12 +8,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 from launcher.errors import SpecError
-from launcher.process import signal_group
+from launcher.process import descendants, processes, signal_group
 from launcher.runner.command import Command
 from launcher.runner.logs import LineSplitter, RunLog, rank_of_line
 
@@ -53,7 +51,7 @@ class Child:
         second TERM, from torchrun.)"""
         self._see_family()
         me = self._process.pid
-        ranks = [p.pid for p in _processes() if p.parent == me] if self._command.torchrun else []
+        ranks = [p.pid for p in processes() if p.parent == me] if self._command.torchrun else []
         for pid in ranks or [me]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -79,11 +77,11 @@ class Child:
             time.sleep(0.05)
 
     def _alive(self) -> bool:
-        return self.running or any(p.group in self._groups for p in _processes())
+        return self.running or any(p.group in self._groups for p in processes())
 
     def _see_family(self) -> None:
         """torchrun gives each rank a session of its own; they are found as long as their parent lives."""
-        self._groups |= {p.group for p in _descendants(self._process.pid)} - {os.getpgrp()}
+        self._groups |= {p.group for p in descendants(self._process.pid)} - {os.getpgrp()}
 
     def _signal_all(self, number: signal.Signals) -> None:
         for group in self._groups:
@@ -123,31 +121,3 @@ def _start(command: Command) -> tuple[subprocess.Popen[bytes], int]:
     finally:
         os.close(writing)
     return process, reading
-
-
-@dataclass(frozen=True)
-class _Process:
-    pid: int
-    parent: int
-    group: int
-
-
-def _processes() -> Iterator[_Process]:
-    """All of this machine, zombies aside (proc(5), stat)."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
-            text = stat.read_text()
-            state, parent, group = text[text.rindex(")") + 2 :].split()[:3]
-            if state not in "ZX":
-                yield _Process(int(stat.parent.name), int(parent), int(group))
-
-
-def _descendants(pid: int) -> list[_Process]:
-    everything = list(_processes())
-    found: list[_Process] = []
-    parents = {pid}
-    while parents:
-        below = [p for p in everything if p.parent in parents]
-        found += below
-        parents = {p.pid for p in below}
-    return found

@@ -14,7 +14,7 @@ from launcher import contract
 from launcher.contract import JobFile, Layout
 from launcher.runner.ranks import Ranks
 
-__all__ = ["Command", "build_command", "command_environment", "expand", "trainer_folder", "uses_torchrun"]
+__all__ = ["Command", "build_command", "command_environment", "expand", "uses_torchrun"]
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
@@ -46,13 +46,6 @@ class Command:
     env: Mapping[str, str]
     cwd: Path | None
     torchrun: bool
-
-
-def trainer_folder() -> Path:
-    """The built-in trainer: in the wheel, or beside the package in a source tree."""
-    package = Path(__file__).resolve().parents[1]
-    shipped = package / "_trainer_image"
-    return shipped if shipped.is_dir() else package.parent / "trainer_image"
 
 
 def build_command(

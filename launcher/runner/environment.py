@@ -12,8 +12,9 @@ from pathlib import Path
 
 from launcher._version import __version__
 from launcher.contract import JobFile
+from launcher.shm import shm_size
 
-__all__ = ["describe_environment", "shm_size"]
+__all__ = ["describe_environment"]
 
 _GPU_FIELDS = ("name", "memory.total", "driver_version", "uuid")
 
@@ -35,15 +36,6 @@ def describe_environment(job: JobFile, environ: Mapping[str, str]) -> dict[str, 
         "code": {"sha256": job.code.sha256, "commit": job.code.commit, "dirty": job.code.dirty} if job.code else None,
         "packages": _packages(),
     }
-
-
-def shm_size() -> int | None:
-    """Size of /dev/shm in bytes, None where there is none."""
-    try:
-        facts = os.statvfs("/dev/shm")  # noqa: S108 - asks for the size, writes nothing
-    except OSError:
-        return None
-    return facts.f_blocks * facts.f_frsize
 
 
 def _cpu_model() -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from launcher.errors import IntegrityError, SpecError
@@ -85,7 +84,9 @@ def path_of(uri: str) -> Path:
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path:
         raise SpecError(f"{uri!r} is not a folder of this machine; one looks like file:///data/shapes")
-    return Path(urllib.request.url2pathname(parts.path))
+    from urllib.request import url2pathname  # brings half of the network library along
+
+    return Path(url2pathname(parts.path))
 
 
 def join_uri(base: str, *parts: str) -> str:

@@ -131,7 +131,7 @@ class Run:
             yield from follow_logs(self.store())
 
     def follow(self, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[LogLine | Status | Point]:
-        """Everything new as it comes: log lines, metrics and changes of state; ends after the end of the run."""
+        """Everything new as it comes: log lines, metrics and changes of state; the end of the run is the last."""
         reader, metrics_at, logs_at, watched = Reader(), Cursor(), "", 0.0
         last: Status | None = None
         for pause in intervals(first=0.3, most=3.0):

@@ -3,7 +3,7 @@
     python examples/shapes/make_data.py            # into examples/shapes/data
     data/train, data/val    256 and 64 scenes: images/*.png, labels/*.txt, data.yaml
 
-A scene has one to four shapes of any colour on a noisy ground. The same files come out each time.
+A scene has one to four shapes of any colour on a grainy ground. The same files come out each time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_shapes(folder: Path, counts: dict[str, int]) -> None:
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
     """The picture, and `class x y width height` of each shape, relative to the picture."""
-    ground = rng.normal(rng.uniform(40, 215), 12, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
+    ground = rng.normal(rng.uniform(40, 215), 6, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
     picture = Image.fromarray(ground)
     labels: list[str] = []
     boxes: list[Box] = []
@@ -66,7 +66,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
 def free_box(rng: np.random.Generator, taken: Sequence[Box]) -> Box | None:
     """A square box that touches no other, None after twenty tries."""
     for _ in range(20):
-        size = int(rng.integers(18, 40))
+        size = int(rng.integers(24, 44))
         left, top = (int(value) for value in rng.integers(1, SIDE - size - 1, 2))
         box = (left, top, left + size, top + size)
         if all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken):

@@ -39,13 +39,10 @@ def _train(layout: Layout, ranks: Ranks, stop: Stop) -> None:
     try:
         config = adapter.validate_python(dict(job.train or {}))
     except ValidationError as error:
-        raise UserError(_first_problem(error.errors(include_url=False)[0])) from error
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, ("train", *problem["loc"][1:])))  # the first part is the task
+        raise UserError(f"{key}: {problem['msg']}") from error
     importlib.import_module(f"cvtrainer.{config.task}").train(Run(layout, job, ranks, stop), config)
-
-
-def _first_problem(problem: object) -> str:
-    location = ".".join(str(part) for part in ("train", *problem["loc"]))  # type: ignore[index]
-    return f"{location}: {problem['msg']}"  # type: ignore[index]
 
 
 def _last_line(error: Exception) -> str:

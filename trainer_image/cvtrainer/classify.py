@@ -266,7 +266,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors of half a dozen classes
         raise UserError(
-            f"{path} can't be loaded as weights ({brief(error)}); expected tensors alone, saved by "
+            f"{path} can't be loaded as weights ({type(error).__name__}); expected tensors alone, saved by "
             "torch.save(model.state_dict(), …) or as safetensors"
         ) from error
     for key in ("state_dict", "model"):

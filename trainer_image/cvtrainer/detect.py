@@ -291,7 +291,7 @@ def readable_weights(file: Path) -> None:
     try:
         load_checkpoint(file)
     except Exception as error:
-        raise UserError(f"{file} can't be loaded as an Ultralytics model ({brief(error)})") from error
+        raise UserError(f"{file} can't be loaded as an Ultralytics model ({type(error).__name__})") from error
 
 
 def mixed_precision(session: Session) -> bool | str:

@@ -6,7 +6,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from launcher.contract import WEIGHTS_CHANNEL, channel_variable
 from launcher.quantities import parse_duration, parse_size
@@ -58,12 +58,23 @@ _SECRET = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:.+|store:.+)")
 _RESERVED_VARIABLES = ("CVLAUNCH_", "SM_CHANNEL_")
 
 
+_OneOrMany = Annotated[
+    tuple[str, ...],
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+_Variables = Annotated[
+    dict[str, str],
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "integer"]}}),
+]
+"""The schema is for what people write; validators turn it into the type."""
+
+
 class Resources(Model):
     """What one node needs; `nodes` says how many."""
 
     nodes: Whole = Field(1, ge=1, le=1024, description="machines")
     gpus: Whole = Field(0, ge=0, le=64, description="GPUs per node; 0 trains on the CPU")
-    gpu: tuple[str, ...] = Field((), description="acceptable GPU models, best first: [A100, L40S]")
+    gpu: _OneOrMany = Field((), description="acceptable GPU models, best first: [A100, L40S]")
     processes: Literal["auto"] | Annotated[Whole, Field(ge=1, le=64)] = Field(
         "auto", description="training processes per node; auto: one a GPU, one without GPUs"
     )
@@ -157,7 +168,7 @@ class JobSpec(Model):
         default_factory=dict, description="channel → dataset name, path, URI or target:/absolute/path"
     )
     resources: Resources = Resources()
-    env: dict[str, str] = Field(default_factory=dict, description="variables of the command")
+    env: _Variables = Field(default_factory=dict, description="variables of the command")
     secrets: dict[str, str] = Field(
         default_factory=dict, description="variable → env:NAME, file:PATH or store:REFERENCE; never a value"
     )

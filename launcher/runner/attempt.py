@@ -331,8 +331,9 @@ class Attempt:
         self._progress.phase = "uploading"
         if outcome.state in (Word.FAILED, Word.TIMED_OUT):
             write_failure(self._place.home.failure, self._log.mask(outcome.reason), self._log.last_lines())
-        why = f": {outcome.reason}" if outcome.reason else ""
-        self._log.say(f"{outcome.state}, exit code {outcome.exit_code}{why}")
+        code = f"exit code {outcome.exit_code}"
+        why = f": {outcome.reason}" if outcome.reason not in ("", code) else ""
+        self._log.say(f"{outcome.state}, {code}{why}")
         if self._describer.ident:
             self._describer.join(_DESCRIBE_S)
         self._write_result(outcome, self._finish_upload(uploader))

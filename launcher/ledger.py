@@ -22,7 +22,7 @@ from typing import Any
 
 from launcher import paths
 from launcher.backends.base import Handle
-from launcher.errors import ConflictError, SpecError, nearest
+from launcher.errors import CapacityError, ConflictError, SpecError, nearest
 from launcher.process import ProcessId
 from launcher.status import State, Status
 
@@ -230,11 +230,15 @@ class Ledger:
 
     def _write_part(self, record: RunRecord) -> Path:
         part = self.folder / f".{record.run_id}.{os.getpid()}.{secrets.token_hex(4)}.part"
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as file:
-            json.dump(record.to_json(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(fd, "w") as file:
+                json.dump(record.to_json(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise CapacityError(f"the run file in {self.folder} can't be written: {error.strerror}") from error
         return part
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launcher import Run, State, submit
-from launcher.errors import SpecError
+from launcher.errors import CapacityError, SpecError
 from launcher.ledger import Ledger
 from launcher.process import descendants
 from launcher.supervisor import SupervisorFolder
@@ -261,3 +261,28 @@ def test_a_folder_that_can_t_be_written_ends_with_64_before_data_is_staged(tmp_p
     status = run.wait(timeout=60)
     assert (status.state, status.exit_code) == (State.FAILED, 64)
     assert "file" in status.reason
+    lines = list(run.logs())
+    assert lines
+    assert "file" in lines[-1].text
+    assert list(run.logs(since=lines[-1].cursor)) == []
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk_keeps_the_exit_code(tmp_path: Path, ledger: Ledger) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    try:
+        target = {"backend": "local", "output": str(disk / "out"), "root": str(tmp_path / "root")}
+        (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"full": target}}))
+        script = "import os; open(os.environ['CVLAUNCH_OUTPUT'] + '/big', 'wb').write(b'x' * 3_000_000)"
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "x", "command": ["python", "-c", script]}))
+        run = submit(tmp_path / "job.yaml", target="full", ledger=ledger)
+        status = run.wait(timeout=60)
+        assert (status.state, status.exit_code) == (State.FAILED, 1)
+        assert "result.json could not be written: No space left on device" in text_of(run)
+        assert text_of(run).count("attempt 1") == 1
+        with pytest.raises(CapacityError, match=str(disk)):
+            Ledger(disk / "runs").create(run.record)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -178,15 +178,19 @@ class LocalBackend:
         return {handle: _status(self._folder(handle.native)) for handle in handles}
 
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
+        """The runner's log; what it printed, where it ended before it could write one."""
         folder = self._folder(handle.native)
-        any_line = False
-        if root := folder.environment().get("CVLAUNCH_ROOT"):
-            ended = (lambda: _status(folder).state.terminal) if follow else None
+        root = folder.environment().get("CVLAUNCH_ROOT")
+        if root is None:
+            return
+        ended = (lambda: _status(folder).state.terminal) if follow else None
+        seen = False
+        if not since.startswith(_PRINTED):
             for line in follow_logs(open_store(root), ended=ended, since=since):
-                any_line = True
+                seen = True
                 yield line
-        if not any_line and not since and folder.log.exists():  # it ended before the runner could write its log
-            yield from (LogLine(text) for text in folder.log.read_text(errors="replace").splitlines())
+        if not seen and (not since or since.startswith(_PRINTED)) and _status(folder).state.terminal:
+            yield from _printed(folder.log, since)
 
     def cancel(self, handle: Handle) -> None:
         folder = self._folder(handle.native)
@@ -227,6 +231,17 @@ def _status(folder: SupervisorFolder) -> Status:
     if (record.runner and record.runner.alive) or _left_behind(folder):
         return _running(folder, record, "unsupervised")
     return _without_supervisor(folder, record)
+
+
+_PRINTED = "printed:"
+"""Begins the cursor of a line that is in no log file."""
+
+
+def _printed(log: Path, since: str) -> Iterator[LogLine]:
+    first = int(since.removeprefix(_PRINTED) or 0)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    for number, text in enumerate(lines[first:], first + 1):
+        yield LogLine(text, cursor=f"{_PRINTED}{number}")
 
 
 def _running(folder: SupervisorFolder, record: Record, native: str) -> Status:

@@ -157,9 +157,11 @@ def _usage(error: click.ClickException) -> str:
 
 def _os_error(error: OSError) -> int:
     """A file of the user's that can't be read or written."""
-    if os.environ.get("CVLAUNCH_DEBUG") == "1" or error.filename is None:
+    no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if os.environ.get("CVLAUNCH_DEBUG") == "1" or (error.filename is None and not no_room):
         return _bug(error)
-    return _say(f"{error.filename}: {error.strerror}", 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return _say(f"{where}{error.strerror}", 5 if no_room else 2)
 
 
 def _bug(error: BaseException) -> int:

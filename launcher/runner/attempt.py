@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -330,18 +331,29 @@ class Attempt:
         """failure, the upload, and result.json as the last word."""
         self._progress.phase = "uploading"
         if outcome.state in (Word.FAILED, Word.TIMED_OUT):
-            write_failure(self._place.home.failure, self._log.mask(outcome.reason), self._log.last_lines())
+            with self._as_room_allows("failure"):
+                write_failure(self._place.home.failure, self._log.mask(outcome.reason), self._log.last_lines())
         code = f"exit code {outcome.exit_code}"
         why = f": {outcome.reason}" if outcome.reason not in ("", code) else ""
         self._log.say(f"{outcome.state}, {code}{why}")
         if self._describer.ident:
             self._describer.join(_DESCRIBE_S)
-        self._write_result(outcome, self._finish_upload(uploader))
+        upload = self._finish_upload(uploader)
+        with self._as_room_allows("result.json"):
+            self._write_result(outcome, upload)
         self._pulse.end()
         self._progress.phase = "ended"
         self._within_grace(self._pulse.beat)
         _remove(self._scratch)
         return outcome.exit_code
+
+    @contextlib.contextmanager
+    def _as_room_allows(self, name: str) -> Iterator[None]:
+        """The exit code is kept even on a disk that is full."""
+        try:
+            yield
+        except OSError as error:
+            self._log.say(f"{name} could not be written: {error.strerror}")
 
     def _finish_upload(self, uploader: Uploader | None) -> str:
         """`upload` in result.json. Without an uploader the start failed, or there is nothing to move."""

@@ -43,6 +43,7 @@ def environment(layout: Layout, channels: Mapping[str, Path]) -> dict[str, str]:
         "PYTHONPATH": _PATH,
         "HF_HUB_OFFLINE": "1",
         "HOME": str(layout.root),
+        "TMPDIR": str(layout.root),
         **{channel_variable(name): str(folder) for name, folder in channels.items()},
     }
 

@@ -67,6 +67,12 @@ def test_of_a_command(world: RunnerWorld, program: str, code: int, state: str, r
     assert result["contract"] == 1 and result["upload"] == "in_place" and result["started"] <= result["ended"]
 
 
+@pytest.mark.parametrize("env", [{}, {"CVLAUNCH_NATIVE_ID": "4711"}])
+def test_result_names_the_job_of_the_platform(world: RunnerWorld, env: dict[str, str]) -> None:
+    world.end(world.job(("true",)), env=env)
+    assert world.result["native_id"] == env.get("CVLAUNCH_NATIVE_ID", "")
+
+
 def test_failure_tells_the_last_lines_and_metrics_the_last_values(world: RunnerWorld) -> None:
     program = "metrics(1, accuracy=0.5); metrics(2, accuracy=0.75, loss=float('nan')); raise ValueError('no class 11')"
     world.end(world.job(python(program)))

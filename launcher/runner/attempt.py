@@ -376,6 +376,7 @@ class Attempt:
         place = self._place
         result = Result(
             run_id=self._job.run_id,
+            native_id=self._environ.get("CVLAUNCH_NATIVE_ID", ""),
             state=outcome.state,
             exit_code=outcome.exit_code,
             reason=self._log.mask(outcome.reason),

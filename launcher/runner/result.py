@@ -71,9 +71,13 @@ class End:
 
 @dataclass(frozen=True)
 class Result:
-    """result.json. started, ended: Unix seconds. upload: complete, incomplete or in_place."""
+    """result.json. started, ended: Unix seconds. upload: complete, incomplete or in_place.
+
+    native_id: the platform's own name of this job, as it gave it to the runner; empty if it gave none.
+    """
 
     run_id: str
+    native_id: str
     state: Word
     exit_code: int
     reason: str

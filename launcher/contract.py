@@ -53,6 +53,7 @@ __all__ = [
     "check_checkpoint",
     "complete_checkpoint",
     "newest_checkpoint",
+    "read_json",
     "sha256_file",
     "write_json",
 ]
@@ -251,6 +252,15 @@ def write_json(path: Path, value: object) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is none, or only part of one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def complete_checkpoint(folder: Path, **extra: object) -> None:

@@ -24,10 +24,11 @@ from types import FrameType
 from typing import Any
 
 from launcher import contract, gpus
+from launcher.contract import read_json
 from launcher.errors import ConflictError
 from launcher.process import ProcessId, adopt_orphans, kill_descendants
 
-__all__ = ["Record", "SupervisorFolder", "read_json", "start"]
+__all__ = ["Record", "SupervisorFolder", "start"]
 
 _KILL_AFTER_GRACE_S = 15.0
 """The runner keeps the grace itself; later than this it is stuck."""
@@ -264,15 +265,6 @@ class _Supervision:
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
     return lines[-1][:1024] if lines else ""
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is none, or only part of one."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 if __name__ == "__main__":

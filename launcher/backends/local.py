@@ -37,13 +37,14 @@ from launcher.contract import (
     RESULT,
     JobFile,
     Layout,
+    read_json,
 )
 from launcher.logfiles import follow_logs
 from launcher.process import ProcessId, with_variable
 from launcher.quantities import format_size
 from launcher.status import State, Status
 from launcher.stores import Store, open_store, path_of, scheme
-from launcher.supervisor import Record, SupervisorFolder, read_json, start
+from launcher.supervisor import Record, SupervisorFolder, start
 
 __all__ = ["LocalBackend", "LocalTarget"]
 

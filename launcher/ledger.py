@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -15,14 +16,14 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher import paths
 from launcher.backends.base import Handle
-from launcher.errors import CapacityError, ConflictError, SpecError, nearest
+from launcher.errors import AuthError, CapacityError, ConflictError, SpecError, nearest
 from launcher.process import ProcessId
 from launcher.status import State, Status
 
@@ -97,11 +98,14 @@ class RunRecord:
 
     @property
     def owner_alive(self) -> bool:
-        """Whether the submitting process may still be at it; one on another machine counts as alive."""
+        """Whether the submitting process may still be at it; on another machine it is given an hour."""
+        if not self.owner:  # it has given up
+            return False
         owner = ProcessId.from_json(dict(self.owner))
-        return owner.alive if owner.here else True
+        return owner.alive if owner.here else time.time() - max(self.created, self.updated) < _FOREIGN_OWNER_S
 
 
+_FOREIGN_OWNER_S = 3600.0
 _RECORD_KEYS = frozenset(f.name for f in dataclasses.fields(RunRecord))
 
 
@@ -115,36 +119,51 @@ class Ledger:
     def create(self, record: RunRecord) -> None:
         """Durable when it returns. ConflictError if the run id is taken."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._path(record.run_id)
         part = self._write_part(record)
         try:
-            os.link(part, self._path(record.run_id))  # all of the content, or no file: O_EXCL and rename in one
+            _put_if_absent(part, path)
         except FileExistsError:
             raise ConflictError(f"there is a run {record.run_id!r} already; choose another --run-id") from None
         finally:
-            part.unlink()
+            part.unlink(missing_ok=True)
         _sync_folder(self.folder)
 
-    def update(self, run_id: str, **changes: object) -> RunRecord:
-        """Changes fields of a run; what other processes changed meanwhile stays. Durable when it returns."""
+    def update(
+        self, run_id: str, *, only_if: Callable[[RunRecord], bool] = lambda record: True, **changes: object
+    ) -> RunRecord:
+        """Changes fields of a run; what other processes changed meanwhile stays. Durable when it returns.
+
+        only_if: asked about the run as it is now; if it says no, nothing is changed. Returns the run as it then is.
+        """
         with self._lock(run_id):
-            record: RunRecord = dataclasses.replace(self.get(run_id), updated=time.time(), **changes)  # type: ignore[arg-type]
+            known = self.get(run_id)
+            if not only_if(known):
+                return known
+            record: RunRecord = dataclasses.replace(known, updated=time.time(), **changes)  # type: ignore[arg-type]
             self._write_part(record).replace(self._path(run_id))
         _sync_folder(self.folder)
         return record
 
-    def record_status(self, run_id: str, status: Status) -> RunRecord:
-        """Keeps what a platform says. An end stays an end, but for LOST, which later evidence may revise."""
-        known = self.get(run_id)
-        ended = known.state.terminal and known.state not in (State.LOST, State.NOT_SUBMITTED)
+    def record_status(self, run_id: str, status: Status, *, attempt: int) -> RunRecord:
+        """Keeps what a platform says of a submission (`RunRecord.attempt`).
+
+        An end stays an end, but for LOST, which later evidence may revise; a run that is being sent is left alone.
+        """
         facts = {k: v for k, v in dataclasses.asdict(status).items() if k != "state"}
-        if ended or (known.state is status.state and dict(known.status) == facts):
-            return known
-        return self.update(run_id, state=status.state, status=facts)
+
+        def news(known: RunRecord) -> bool:
+            settled = known.state.terminal and known.state is not State.LOST
+            sending = known.state in (State.PREPARING, State.SENDING)
+            same = known.state is status.state and dict(known.status) == facts
+            return not (settled or sending or same) and known.attempt == attempt
+
+        return self.update(run_id, only_if=news, state=status.state, status=facts)
 
     def get(self, run_id: str) -> RunRecord:
         """SpecError if there is no such run."""
         try:
-            return RunRecord.from_json(json.loads(self._path(run_id).read_text()))
+            return RunRecord.from_json(json.loads(self._path(run_id).read_text(encoding="utf-8")))
         except FileNotFoundError:
             known = self.ids()
             raise SpecError(
@@ -152,6 +171,9 @@ class Ledger:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise SpecError(f"not a run file: {error}", file=self._path(run_id)) from error
+
+    def __contains__(self, run_id: str) -> bool:
+        return self._path(run_id).exists()
 
     def find(self, text: str) -> RunRecord:
         """By run id, by the beginning of one, or by handle."""
@@ -171,7 +193,8 @@ class Ledger:
         raise SpecError(f"no run has the handle {handle}; list them with: cvlaunch runs")
 
     def delete(self, run_id: str) -> None:
-        self._path(run_id).unlink(missing_ok=True)
+        with self._lock(run_id):
+            self._path(run_id).unlink(missing_ok=True)
 
     def ids(self) -> list[str]:
         return sorted(entry.name[:-5] for entry in self._entries())
@@ -186,14 +209,27 @@ class Ledger:
 
     def summaries(self) -> list[RunSummary]:
         """All runs, the newest first, through the index; without a usable cache folder the files are read."""
-        entries = {entry.name[:-5]: entry.stat() for entry in self._entries()}
-        try:
-            with contextlib.closing(_open_index(self._cache, self.folder)) as index:
-                rows = self._refresh(index, entries)
-        except (sqlite3.Error, OSError):
-            rows = {run_id: self._summary(run_id) for run_id in entries}
-        found = [RunSummary(**values) for values in json.loads(f"[{','.join(filter(None, rows.values()))}]")]
+        entries: dict[str, os.stat_result] = {}
+        for entry in self._entries():
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                entries[entry.name[:-5]] = entry.stat()
+        found = _summaries(self._rows(entries).values())
         return sorted(found, key=lambda s: (s.created, s.run_id), reverse=True)
+
+    def _rows(self, entries: Mapping[str, os.stat_result]) -> dict[str, str]:
+        """Run id → JSON of its summary. An index that is damaged is made anew."""
+        path = _index_path(self._cache, self.folder)
+        for _ in range(2):
+            try:
+                with contextlib.closing(_open_index(path)) as index:
+                    return self._refresh(index, entries)
+            except sqlite3.OperationalError:  # locked, or on a disk that is full or read-only
+                break
+            except sqlite3.DatabaseError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                break
+        return {run_id: self._summary(run_id) for run_id in entries}
 
     def _refresh(self, index: sqlite3.Connection, entries: Mapping[str, os.stat_result]) -> dict[str, str]:
         known = {row[0]: row[1:] for row in index.execute("SELECT run_id, mtime, size, summary FROM runs")}
@@ -232,35 +268,47 @@ class Ledger:
         part = self.folder / f".{record.run_id}.{os.getpid()}.{secrets.token_hex(4)}.part"
         try:
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
                 json.dump(record.to_json(), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise CapacityError(f"the run file in {self.folder} can't be written: {error.strerror}") from error
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else AuthError
+            raise kind(f"the run file in {self.folder} can't be written: {error.strerror}") from error
         return part
 
     @contextlib.contextmanager
     def _lock(self, run_id: str) -> Iterator[None]:
-        """A file made with O_EXCL, which every file system keeps; one older than 10 s is a dead process's."""
-        lock = self.folder / f".{run_id}.lock"
-        while True:
-            try:
-                os.close(os.open(lock, os.O_CREAT | os.O_EXCL, 0o600))
-                break
-            except FileExistsError:
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - lock.stat().st_mtime > _LOCK_STALE_S:
-                        lock.unlink(missing_ok=True)
-                time.sleep(0.005)
+        """Held by one process at a time, and given back by the kernel when it dies.
+
+        On a file system without locks (some Lustre mounts) two updates in the same moment may lose one of them.
+        """
+        number = int(hashlib.sha256(run_id.encode()).hexdigest(), 16) % _LOCK_FILES
+        fd = os.open(self.folder / f".lock-{number:02}", os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            _lock_file(fd)
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            os.close(fd)
 
 
-_LOCK_STALE_S = 10.0
+_LOCK_FILES = 16
+"""Shared by all runs, because a lock file that is removed locks nobody out."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def _lock_file(fd: int) -> None:
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 @dataclass(frozen=True)
@@ -297,19 +345,41 @@ class RunSummary:
         )
 
 
-def _open_index(cache: Path, folder: Path) -> sqlite3.Connection:
-    """One index for each ledger folder."""
-    cache.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    index = sqlite3.connect(cache / f"index-{name}.sqlite", timeout=2)
+def _summaries(rows: Iterable[str]) -> list[RunSummary]:
+    return [RunSummary(**values) for values in json.loads(f"[{','.join(filter(None, rows))}]")]
+
+
+def _index_path(cache: Path, folder: Path) -> Path:
+    """One index for each ledger folder and form of a summary."""
+    form = ",".join(field.name for field in dataclasses.fields(RunSummary))
+    name = hashlib.sha256(f"{folder.absolute()}\0{form}".encode()).hexdigest()[:16]
+    return cache / f"index-{name}.sqlite"
+
+
+def _open_index(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index = sqlite3.connect(path, timeout=2)
     index.execute(
         "CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, summary TEXT)"
     )
     return index
 
 
+def _put_if_absent(part: Path, path: Path) -> None:
+    """All of the content or no file; where there are no hard links, for a moment an empty one."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        part.replace(path)
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename durable."""
+    if os.name != "posix":
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from launcher import contract
 from launcher.backends.base import Backend, Handle, LogLine, Plan
-from launcher.errors import JobFailedError, SpecError, UnreachableError
+from launcher.errors import CvlaunchError, JobFailedError, SpecError, UnreachableError
 from launcher.ledger import Ledger, RunRecord, RunSummary
 from launcher.logfiles import follow_logs
 from launcher.metrics import Metrics, Point, Reader
@@ -108,14 +109,23 @@ class Run:
         return f"<table>{''.join(cells)}</table>"
 
     def status(self) -> Status:
-        """Asks the platform, once."""
-        refresh([self._record], ledger=self._ledger)
+        """Asks the platform, once. UnreachableError if it does not answer; the run itself goes on."""
+        silent = refresh([self._record], ledger=self._ledger)
         self._record = self._ledger.get(self.id)
+        if silent:
+            target, why = silent[0]
+            raise UnreachableError(f"target {target} could not be asked: {why}")
+        return self._record.last_status
+
+    def _status_or_last(self) -> Status:
+        """While waiting, a platform that does not answer is asked again later."""
+        with contextlib.suppress(UnreachableError):
+            return self.status()
         return self._record.last_status
 
     def wait(self, *, timeout: float | None = None, check: bool = False) -> Status:
         """Until the run has ended. TimeoutError after `timeout` seconds; check: JobFailedError unless it succeeded."""
-        *_, status = watch(self.status, timeout=timeout)
+        *_, status = watch(self._status_or_last, timeout=timeout)
         if check and status.state is not State.SUCCEEDED:
             raise JobFailedError(f"{self.id} is {status.state}: {status.reason}; see: cvlaunch logs {self.id}")
         return status
@@ -135,7 +145,7 @@ class Run:
         reader, metrics_at, logs_at, watched = Reader(), Cursor(), "", 0.0
         last: Status | None = None
         for pause in intervals(first=0.3, most=3.0):
-            status = self.status()
+            status = self._status_or_last()
             watched = self._say_watched(watched)
             if status != last and not status.state.terminal:
                 yield status
@@ -173,12 +183,11 @@ class Run:
         if status.state.terminal:
             return status
         handle = self.handle
-        if handle is None:
-            if not self._record.owner_alive:
-                self._record = self._ledger.update(self.id, state=State.CANCELLED)
-                return self._record.last_status
+        if handle is None and self._record.owner_alive:
             raise SpecError(f"{self.id} is being submitted by another process; cancel it when that is done")
         self.store().write(contract.CANCEL, b"cancelled\n")
+        if handle is None:  # in doubt: should it appear, the mark is there already
+            return status
         self._open_backend().cancel(handle)
         return self.status()
 
@@ -238,13 +247,18 @@ class Run:
         if not status.state.terminal:
             raise SpecError(f"{self.id} is {status.state}; cancel it first: cvlaunch cancel {self.id}")
         if remote:
-            store = self.store()
-            store.delete([entry.path for entry in store.list()])
-            if (here := store.local_path()) is not None:
-                _remove_empty_folders(here)
-            if self.handle:
-                self._open_backend().remove(self.handle)
+            self._remove_remote()
         self._ledger.delete(self.id)
+
+    def _remove_remote(self) -> None:
+        store = self.store()
+        if (folder := store.local_path()) is not None:
+            if folder.exists():
+                shutil.rmtree(folder)
+        else:
+            store.delete([entry.path for entry in store.list()])
+        if self.handle:
+            self._open_backend().remove(self.handle)
 
     def store(self) -> Store:
         """The run's folder in the output store."""
@@ -267,28 +281,39 @@ def refresh(
     for record in records:
         if record.state.terminal and record.state is not State.LOST:
             continue
-        full = ledger.get(record.run_id)  # another process may know more by now
-        try:
-            settled = reconcile(full, ledger=ledger)
-        except UnreachableError as error:
-            silent.append((full.target_name, str(error)))
-            continue
-        if settled.handle:
-            groups[f"{settled.backend}:{settled.target_name}:{settled.target}"].append(settled)
+        with _silence_noted(record.target_name, silent):
+            if settled := _reconciled(record.run_id, ledger, now()):
+                groups[f"{settled.backend}:{settled.target_name}:{settled.target}"].append(settled)
     for group in groups.values():
-        try:
+        with _silence_noted(group[0].target_name, silent):
             _refresh_group(group, ledger, now())
-        except UnreachableError as error:
-            silent.append((group[0].target_name, str(error)))
     return silent
+
+
+@contextlib.contextmanager
+def _silence_noted(target: str, silent: list[tuple[str, str]]) -> Iterator[None]:
+    """One target that can't be asked, or whose plug-in is gone, hides no other."""
+    try:
+        yield
+    except CvlaunchError as error:
+        silent.append((target, str(error)))
+
+
+def _reconciled(run_id: str, ledger: Ledger, now: float) -> RunRecord | None:
+    """The run as it is now, if the platform can be asked about it; None also if it has been removed."""
+    if run_id not in ledger:
+        return None
+    record = reconcile(ledger.get(run_id), ledger=ledger, now=now)
+    return record if record.handle else None
 
 
 def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> None:
     handles = {record.run_id: Handle.parse(record.handle) for record in group if record.handle}
     answers = backend_of(group[0]).status(list(handles.values()))
     for record in group:
-        status = answers[handles[record.run_id]]
-        _keep(record, _settled(record, status, now), ledger, now)
+        if record.run_id in ledger:
+            status = answers[handles[record.run_id]]
+            _keep(record, _settled(record, status, now), ledger, now)
 
 
 def _settled(record: RunRecord, status: Status, now: float) -> Status:
@@ -308,13 +333,4 @@ def _keep(record: RunRecord, status: Status, ledger: Ledger, now: float) -> None
         ledger.update(record.run_id, unseen_since=now)
     elif status.state not in (State.UNKNOWN, State.LOST) and record.unseen_since is not None:
         ledger.update(record.run_id, unseen_since=None)
-    ledger.record_status(record.run_id, status)
-
-
-def _remove_empty_folders(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir():
-            path.rmdir()
-    folder.rmdir()
+    ledger.record_status(record.run_id, status, attempt=record.attempt)

@@ -16,15 +16,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from launcher import manifest
 from launcher.backends import load_backend
 from launcher.backends.base import Backend, Job, Output, Plan
 from launcher.dataset import check_channel
-from launcher.errors import ConflictError, CvlaunchError, SpecError, UnreachableError
+from launcher.errors import (
+    AuthError,
+    CapacityError,
+    ConflictError,
+    CvlaunchError,
+    SpecError,
+    UnreachableError,
+)
 from launcher.jobfile import load_job
 from launcher.ledger import Ledger, RunRecord, new_run_id, valid_run_id
-from launcher.plan import job_file, load_template, make_plan, placeholders
+from launcher.plan import job_file, load_template, make_plan
 from launcher.process import ProcessId
 from launcher.resolve import resolve
 from launcher.secretfiles import require_private
@@ -117,12 +127,9 @@ def send(prepared: Prepared, *, ledger: Ledger, run_id: str | None = None) -> Ru
     if problems:
         raise SpecError(problems[0].message, key=problems[0].thing)
     values = client_secrets(prepared.job.spec, prepared.folder)
+    if missing := prepared.plan().placeholders:
+        raise SpecError(f"{missing[0]} must be given before this can be sent")
     plan, record = _enter(prepared, ledger, run_id)
-    if missing := placeholders(plan.text):
-        ledger.delete(plan.run_id)
-        raise SpecError(
-            f"{missing[0]} stands for a value that target {prepared.job.target_name!r} must give; see its keys"
-        )
     return _carry_out(plan, record, prepared.backend, values, ledger)
 
 
@@ -177,23 +184,47 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
 
 
 def _carry_out(plan: Plan, record: RunRecord, backend: Backend, values: Mapping[str, str], ledger: Ledger) -> RunRecord:
-    run_id = record.run_id
     try:
-        if plan.files:
-            store = store_of(record, backend)
-            for path, content in plan.files.items():
-                store.write(path, Path(content) if isinstance(content, str) else content)
-        ledger.update(run_id, state=State.SENDING)
-        handle = backend.submit(plan, values, attempt=record.attempt)
-    except UnreachableError as error:
-        raise UnreachableError(
-            f"{error}; whether {run_id} was submitted is not known: `cvlaunch runs` will ask, "
-            f"and `cvlaunch submit --resume {run_id}` sends it if it was not"
-        ) from error
-    except (CvlaunchError, OSError) as error:
-        ledger.update(run_id, state=State.NOT_SUBMITTED, status={"reason": str(error)})
+        _store_files(plan, record, backend)
+    except BaseException as error:  # Ctrl-C, too: nothing has been sent
+        _note_refusal(record, error, ledger)
         raise
-    return ledger.update(run_id, state=State.QUEUED, handle=str(handle), status={})
+    ledger.update(record.run_id, state=State.SENDING)
+    try:
+        handle = backend.submit(plan, values, attempt=record.attempt)
+    except _REFUSALS as error:
+        _note_refusal(record, error, ledger)
+        raise
+    except BaseException as error:
+        raise _in_doubt(record, error, ledger) from error
+    return ledger.update(record.run_id, state=State.QUEUED, handle=str(handle), status={}, owner={})
+
+
+_REFUSALS = (SpecError, AuthError, CapacityError, ConflictError)
+"""The platform has said no; after anything else, the job may have arrived."""
+
+
+def _store_files(plan: Plan, record: RunRecord, backend: Backend) -> None:
+    if plan.files:
+        store = store_of(record, backend)
+        for path, content in plan.files.items():
+            store.write(path, Path(content) if isinstance(content, str) else content)
+
+
+def _note_refusal(record: RunRecord, error: BaseException, ledger: Ledger) -> None:
+    reason = str(error) or type(error).__name__
+    ledger.update(record.run_id, state=State.NOT_SUBMITTED, status={"reason": reason}, owner={})
+
+
+def _in_doubt(record: RunRecord, error: BaseException, ledger: Ledger) -> BaseException:
+    """Gives up ownership, so that `reconcile` may ask even while this process lives on. The error to raise."""
+    ledger.update(record.run_id, owner={})
+    if not isinstance(error, CvlaunchError | OSError):
+        return error
+    return UnreachableError(
+        f"{error}; whether {record.run_id} was submitted is not known: `cvlaunch runs` will ask, "
+        f"and `cvlaunch submit --resume {record.run_id}` sends it if it was not"
+    )
 
 
 _RESENDABLE = (State.SENDING, State.NOT_SUBMITTED, State.LOST, State.FAILED, State.ERROR)
@@ -204,26 +235,35 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
 
     A run that got somewhere goes on from its newest checkpoint.
     """
-    record = reconcile(record, ledger=ledger)
-    if record.state not in _RESENDABLE or (record.state is State.SENDING and record.owner_alive):
-        raise SpecError(f"{record.run_id} is {record.state} and needs no resuming; `cvlaunch rerun` starts it afresh")
-    backend = backend_of(record)
-    store = store_of(record, backend)
-    missing = [path for path in record.plan["files"] if store.head(path) is None]
+    seen = reconcile(ledger.get(record.run_id), ledger=ledger)
+    if seen.state not in _RESENDABLE or (seen.state is State.SENDING and seen.owner_alive):
+        raise SpecError(f"{seen.run_id} is {seen.state} and needs no resuming; `cvlaunch rerun` starts it afresh")
+    backend = backend_of(seen)
+    store = store_of(seen, backend)
+    missing = [path for path in seen.plan["files"] if store.head(path) is None]
     if missing:
-        raise SpecError(f"{record.run_id} was cut off before {missing[0]} was stored; submit the job file again")
-    spec = JobSpec.model_validate(record.job["spec"])
-    values = client_secrets(spec, Path(record.job["folder"]))
-    attempt = record.attempt + 1 if record.handle else record.attempt
-    record = ledger.update(
-        record.run_id,
+        raise SpecError(f"{seen.run_id} was cut off before {missing[0]} was stored; submit the job file again")
+    values = client_secrets(JobSpec.model_validate(seen.job["spec"]), Path(seen.job["folder"]))
+    mine = _take_over(seen, ledger)
+    return _carry_out(_stored_plan(mine), mine, backend, values, ledger)
+
+
+def _take_over(seen: RunRecord, ledger: Ledger) -> RunRecord:
+    """Makes this process the one that sends it. SpecError if another was faster."""
+    me = ProcessId.of().to_json()
+    mine = ledger.update(
+        seen.run_id,
+        only_if=lambda now: (now.state, now.owner, now.attempt) == (seen.state, seen.owner, seen.attempt),
         state=State.PREPARING,
-        owner=ProcessId.of().to_json(),
-        attempt=attempt,
+        owner=me,
+        handle=None,
+        attempt=seen.attempt + 1 if seen.handle else seen.attempt,
         unseen_since=None,
         status={},
     )
-    return _carry_out(_stored_plan(record), record, backend, values, ledger)
+    if (mine.state, mine.owner) != (State.PREPARING, me):
+        raise SpecError(f"{seen.run_id} is being resumed by another process")
+    return mine
 
 
 def _stored_plan(record: RunRecord) -> Plan:
@@ -240,33 +280,55 @@ def _stored_plan(record: RunRecord) -> Plan:
 
 
 def reconcile(record: RunRecord, *, ledger: Ledger, now: float | None = None) -> RunRecord:
-    """Settles a submission whose process is dead: adopts the job that the platform has, or says that there is none."""
+    """Settles a submission that nobody carries on: adopts the job that the platform has, or says that there is none."""
     if record.state not in (State.PREPARING, State.SENDING) or record.owner_alive:
         return record
-    record = ledger.get(record.run_id)  # it may have been finished between our reading it and its owner's end
-    if record.state is State.PREPARING:
-        return _not_submitted(record, ledger)
-    if record.state is not State.SENDING:
-        return record
-    backend = backend_of(record)
-    found = backend.find([record.run_id]).get(record.run_id)
+    seen = ledger.get(record.run_id)  # it may have been finished between our reading it and its owner's end
+    if seen.state not in (State.PREPARING, State.SENDING) or seen.owner_alive:
+        return seen
+    if seen.state is State.PREPARING:
+        return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
+    backend = backend_of(seen)
+    found = backend.find([seen.run_id]).get(seen.run_id)
     if found is not None:
-        return ledger.update(record.run_id, state=State.QUEUED, handle=str(found), status={})
+        return _settle(seen, ledger, state=State.QUEUED, handle=str(found), status={}, owner={})
     now = time.time() if now is None else now
-    if now - (record.unseen_since or now) >= backend.doubt_s:
-        return _not_submitted(record, ledger)
-    return record if record.unseen_since else ledger.update(record.run_id, unseen_since=now)
+    if now - (seen.unseen_since or now) >= backend.doubt_s:
+        return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
+    return seen if seen.unseen_since else _settle(seen, ledger, unseen_since=now)
 
 
-def _not_submitted(record: RunRecord, ledger: Ledger) -> RunRecord:
-    reason = f"the submission was cut off; send it with: cvlaunch submit --resume {record.run_id}"
-    return ledger.update(record.run_id, state=State.NOT_SUBMITTED, status={"reason": reason})
+def _settle(seen: RunRecord, ledger: Ledger, **changes: object) -> RunRecord:
+    """Unless somebody has taken the run over since it was looked at."""
+    return ledger.update(seen.run_id, only_if=lambda now: (now.state, now.owner) == (seen.state, seen.owner), **changes)
+
+
+def _cut_off(record: RunRecord) -> str:
+    return f"the submission was cut off; send it with: cvlaunch submit --resume {record.run_id}"
 
 
 def backend_of(record: RunRecord) -> Backend:
-    """The backend with the target as it was when the run was submitted."""
+    """The backend with the target as it was when the run was submitted, by whatever version of cvlaunch."""
     backend = load_backend(record.backend)
-    return backend(backend.Target.model_validate(record.target), record.target_name)
+    try:
+        target = backend.Target.model_validate(_known_keys(backend.Target, record.target))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise SpecError(f"the target of {record.run_id} can't be read: {key}: {problem['msg']}") from error
+    return backend(target, record.target_name)
+
+
+def _known_keys(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without keys that another version wrote."""
+    known = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if field is not None:
+            inner = field.annotation
+            nested = isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel)
+            known[name] = _known_keys(inner, value) if nested else value  # type: ignore[arg-type]
+    return known
 
 
 def store_of(record: RunRecord, backend: Backend | None = None) -> Store:
@@ -290,8 +352,15 @@ def client_secrets(spec: JobSpec, folder: Path) -> dict[str, str]:
             if not path.is_file():
                 raise SpecError(f"no file {path}", key=f"secrets.{name}")
             require_private(path)
-            values[name] = path.read_text().rstrip("\n")
+            values[name] = _secret_text(path, name)
     return values
+
+
+def _secret_text(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError:
+        raise SpecError(f"{path} is not text; encode it, for example with base64", key=f"secrets.{name}") from None
 
 
 def push_channels(job: Path, *, backend: str | None, target: str | None, settings: Sequence[str], to: str) -> list[str]:

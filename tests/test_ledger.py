@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,9 @@ def test_a_run_id_is_taken_once(ledger: Ledger) -> None:
 
 def test_an_end_stays_an_end_but_lost_may_be_revised(ledger: Ledger) -> None:
     ledger.create(record("digits-aaaaaaaaaa"))
-    ledger.record_status("digits-aaaaaaaaaa", Status(State.LOST, "gone"))
-    ledger.record_status("digits-aaaaaaaaaa", Status(State.SUCCEEDED, "exited 0", exit_code=0))
-    ledger.record_status("digits-aaaaaaaaaa", Status(State.UNKNOWN, "gone"))
+    ledger.record_status("digits-aaaaaaaaaa", Status(State.LOST, "gone"), attempt=1)
+    ledger.record_status("digits-aaaaaaaaaa", Status(State.SUCCEEDED, "exited 0", exit_code=0), attempt=1)
+    ledger.record_status("digits-aaaaaaaaaa", Status(State.UNKNOWN, "gone"), attempt=1)
     assert ledger.get("digits-aaaaaaaaaa").last_status == Status(State.SUCCEEDED, "exited 0", exit_code=0)
 
 
@@ -86,9 +87,11 @@ def test_the_index_follows_the_files_and_can_be_lost(ledger: Ledger, tmp_path: P
     ledger.delete("digits-bbbbbbbbbb")
     expected = {("digits-aaaaaaaaaa", State.FAILED, "why"), ("digits-cccccccccc", State.RUNNING, "")}
     assert {(s.run_id, s.state, s.reason) for s in ledger.summaries()} == expected
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(b"not a database")
-    assert {(s.run_id, s.state, s.reason) for s in ledger.summaries()} == expected
+    (index,) = (tmp_path / "cache").iterdir()
+    for damage in (b"not a database", b"SQLite format 3\0" + b"x" * 4096):
+        index.write_bytes(damage)
+        assert {(s.run_id, s.state, s.reason) for s in ledger.summaries()} == expected
+        assert index.read_bytes() != damage
     assert Ledger(ledger.folder, Path("/proc/no-such-place")).summaries() == ledger.summaries()
 
 
@@ -119,12 +122,51 @@ def test_processes_share_it(ledger: Ledger) -> None:
     assert (shared.name, shared.synced, shared.output, shared.target_name) == ("0-24", "1-24", "2-24", "3-24")
 
 
-def test_a_dead_process_s_lock_is_broken(ledger: Ledger) -> None:
+@pytest.mark.parametrize("state", [State.PREPARING, State.SENDING, State.CANCELLED, State.NOT_SUBMITTED])
+def test_an_older_look_changes_neither_a_submission_nor_an_end(ledger: Ledger, state: State) -> None:
+    ledger.create(record("digits-aaaaaaaaaa", state=state))
+    ledger.record_status("digits-aaaaaaaaaa", Status(State.FAILED, "exited 1"), attempt=1)
+    assert ledger.get("digits-aaaaaaaaaa").state is state
+
+
+def test_an_earlier_attempt_says_nothing_of_a_later_one(ledger: Ledger) -> None:
+    ledger.create(record("digits-aaaaaaaaaa", attempt=2))
+    ledger.record_status("digits-aaaaaaaaaa", Status(State.FAILED, "exited 1"), attempt=1)
+    assert ledger.get("digits-aaaaaaaaaa").state is State.RUNNING
+
+
+def test_a_change_that_came_too_late_is_not_made(ledger: Ledger) -> None:
+    ledger.create(record("digits-aaaaaaaaaa", state=State.LOST))
+    kept = ledger.update("digits-aaaaaaaaaa", only_if=lambda now: now.state is State.RUNNING, name="other")
+    assert (kept.name, ledger.get("digits-aaaaaaaaaa").name) == ("digits", "digits")
+
+
+def _hold_the_lock(ledger: Ledger, holding: Event) -> None:
+    with ledger._lock("digits-aaaaaaaaaa"):
+        holding.set()
+        time.sleep(60)
+
+
+def test_a_dead_process_s_lock_is_free(ledger: Ledger) -> None:
     ledger.create(record("digits-aaaaaaaaaa"))
-    lock = ledger.folder / ".digits-aaaaaaaaaa.lock"
-    lock.touch()
-    os.utime(lock, (0, 0))
+    holding = multiprocessing.Event()
+    holder = multiprocessing.Process(target=_hold_the_lock, args=(ledger, holding))
+    holder.start()
+    assert holding.wait(30)
+    holder.kill()
+    holder.join()
     assert ledger.update("digits-aaaaaaaaaa", name="other").name == "other"
+
+
+def test_an_owner_that_is_gone_owns_nothing(ledger: Ledger) -> None:
+    me = ProcessId.of().to_json()
+    foreign = {**me, "host": "login-7", "boot": "another-boot"}
+    now = time.time()
+    assert record("a", owner=me).owner_alive
+    assert not record("a", owner={}).owner_alive
+    assert not record("a", owner={**me, "start": 1}).owner_alive
+    assert record("a", owner=foreign, updated=now).owner_alive
+    assert not record("a", owner=foreign, updated=now - 7200).owner_alive
 
 
 @given(st.text(max_size=60), st.floats(1_600_000_000, 2_800_000_000), st.integers(0, 2**13 - 1))

@@ -279,7 +279,7 @@ def refresh(
     groups: dict[str, list[RunRecord]] = defaultdict(list)
     silent: list[tuple[str, str]] = []
     for record in records:
-        if record.state.terminal and record.state is not State.LOST:
+        if _settled_for_good(record.state):
             continue
         with _silence_noted(record.target_name, silent):
             if settled := _reconciled(record.run_id, ledger, now()):
@@ -288,6 +288,10 @@ def refresh(
         with _silence_noted(group[0].target_name, silent):
             _refresh_group(group, ledger, now())
     return silent
+
+
+def _settled_for_good(state: State) -> bool:
+    return state.terminal and state is not State.LOST
 
 
 @contextlib.contextmanager
@@ -300,8 +304,8 @@ def _silence_noted(target: str, silent: list[tuple[str, str]]) -> Iterator[None]
 
 
 def _reconciled(run_id: str, ledger: Ledger, now: float) -> RunRecord | None:
-    """The run as it is now, if the platform can be asked about it; None also if it has been removed."""
-    if run_id not in ledger:
+    """The run as it is now, if there is something to ask the platform; None also if it has been removed."""
+    if run_id not in ledger or _settled_for_good(ledger.get(run_id).state):
         return None
     record = reconcile(ledger.get(run_id), ledger=ledger, now=now)
     return record if record.handle else None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ __all__ = [
     "ProcessId",
     "adopt_orphans",
     "descendants",
+    "exit_code",
     "kill_descendants",
     "processes",
+    "send_kill",
     "signal_group",
     "with_variable",
 ]
@@ -25,27 +28,35 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ProcessId:
-    """host: name of the machine. boot: its boot id. start: clock ticks since boot (proc(5), field 22)."""
+    """host: name of the machine. boot: its boot id. start: clock ticks since boot (proc(5), field 22).
+
+    space: the container's numbering of processes (pid_namespaces(7)); empty if the system has none.
+    """
 
     host: str
     boot: str
     pid: int
     start: int
+    space: str = ""
 
     @classmethod
     def of(cls, pid: int | None = None) -> ProcessId:
         pid = os.getpid() if pid is None else pid
-        return cls(socket.gethostname(), _boot_id(), pid, _start_ticks(pid) or 0)
+        return cls(socket.gethostname(), _boot_id(), pid, _start_ticks(pid) or 0, _pid_space())
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ProcessId:
-        return cls(str(value["host"]), str(value["boot"]), int(value["pid"]), int(value["start"]))
+        pid, start = int(value["pid"]), int(value["start"])
+        return cls(str(value["host"]), str(value["boot"]), pid, start, str(value.get("space", "")))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def here(self) -> bool:
+        """Whether this process can know of that one. A machine keeps its boot id when it gets another name."""
+        if self.boot and self.boot == _boot_id():
+            return self.space == _pid_space()
         return self.host == socket.gethostname()
 
     @property
@@ -56,18 +67,29 @@ class ProcessId:
 
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        return ""
+
+
+def _pid_space() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:  # not Linux
         return ""
 
 
 def _start_ticks(pid: int) -> int | None:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = _stat_fields(Path(f"/proc/{pid}/stat"))
     except OSError:
         return None if Path("/proc/self/stat").exists() else _exists(pid)
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name before may hold spaces and parentheses
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _stat_fields(path: Path) -> list[str]:
+    """From the state on (proc(5)); the name before it may hold spaces, parentheses and any bytes."""
+    return path.read_bytes().rpartition(b") ")[2].decode("ascii").split()
 
 
 def _exists(pid: int) -> int | None:
@@ -76,6 +98,11 @@ def _exists(pid: int) -> int | None:
     except OSError:
         return None
     return 0
+
+
+def exit_code(code: int) -> int:
+    """A shell's: 128 + n for the -n that Python says of a process that died of signal n."""
+    return code if code >= 0 else 128 - code
 
 
 def signal_group(group: int, number: signal.Signals) -> None:
@@ -108,8 +135,7 @@ def processes() -> Iterator[Process]:
     """All of this machine, zombies aside (proc(5), stat)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
-            text = stat.read_text()
-            state, parent, group = text[text.rindex(")") + 2 :].split()[:3]
+            state, parent, group = _stat_fields(stat)[:3]
             if state not in "ZX":
                 yield Process(int(stat.parent.name), int(parent), int(group))
 
@@ -137,15 +163,25 @@ def with_variable(name: str, value: str) -> list[int]:
     return found
 
 
+def send_kill(pid: int) -> bool:
+    """SIGKILL to all below `pid`; whether there were any.
+
+    Reaps nothing, so a signal handler may call it while `Popen.wait` waits: that takes a child which somebody else
+    has reaped for one that ended well.
+    """
+    below = descendants(pid)
+    for child in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+    return bool(below)
+
+
 def kill_descendants(pid: int) -> None:
-    """SIGKILL to all below `pid`, again until none is left (new ones may be born meanwhile)."""
-    for _ in range(20):
-        below = descendants(pid)
-        if not below:
+    """SIGKILL to all below `pid`, again until none is left (new ones may be born meanwhile); reaps our own."""
+    for _ in range(100):
+        if not send_kill(pid):
             return
-        for child in below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        time.sleep(0.01)

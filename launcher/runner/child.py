@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from launcher.errors import SpecError
-from launcher.process import descendants, processes, signal_group
+from launcher.process import descendants, exit_code, processes, signal_group
 from launcher.runner.command import Command
 from launcher.runner.logs import LineSplitter, RunLog, rank_of_line
 
@@ -66,7 +66,7 @@ class Child:
         self._signal_all(signal.SIGKILL)
         code = self._process.wait()
         self._reader.join(_LAST_WORDS_S)
-        return code if code >= 0 else 128 - code
+        return exit_code(code)
 
     def _settle(self, end: float) -> None:
         told = False

@@ -11,7 +11,7 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["SIGNALS", "exit_code_of", "stand_aside_as_init"]
+__all__ = ["SIGNALS", "stand_aside_as_init"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -29,12 +29,6 @@ def stand_aside_as_init() -> None:
         os._exit(_serve(child))
 
 
-def exit_code_of(status: int) -> int:
-    """A wait status as a shell's exit code: 128 + n for signal n."""
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
-
-
 def _serve(child: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -43,7 +37,9 @@ def _serve(child: int) -> int:
     for number in SIGNALS:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    from launcher.process import exit_code  # signals count already
+
     while True:
         pid, status = os.wait()
         if pid == child:
-            return exit_code_of(status)
+            return exit_code(os.waitstatus_to_exitcode(status))

@@ -40,17 +40,19 @@ def follow_logs(
     sleep: Callable[[float], None] = time.sleep,
     every: float = 0.5,
 ) -> Iterator[LogLine]:
-    """All lines there are; with `ended`, on until it is true and all has been read.
+    """All whole lines there are; with `ended`, on until it is true, and then also a last line that was cut off.
 
     Lines of one node keep their order; lines of several nodes are not sorted by time, because clocks differ.
     since: the cursor of a LogLine, to go on after it.
     """
     cursors = _cursors_from(since)
     while True:
-        last = ended is None or ended()
+        over = ended is not None and ended()
         for path, attempt, node in sorted(_files(store), key=lambda file: file[1:]):
-            yield from _new_lines(store, path, attempt, node, cursors)
-        if last:
+            for text, cursor in _new_lines(store, path, since=cursors.get(path, Cursor()), torn=over):
+                cursors[path] = cursor
+                yield parse_line(text, attempt=attempt, node=node, cursor=_cursors_text(cursors))
+        if over or ended is None:
             return
         sleep(every)
 
@@ -65,14 +67,21 @@ def _files(store: Store) -> Iterator[tuple[str, int, int]]:
                 yield match[0], int(match[1]), int(match[2])
 
 
-def _new_lines(store: Store, path: str, attempt: int, node: int, cursors: dict[str, Cursor]) -> Iterator[LogLine]:
-    data, cursor = read_appended(store, path, since=cursors.get(path, Cursor()))
-    if not data:
-        return
-    cursors[path] = cursor
-    where = _cursors_text(cursors)
-    for line in data.decode(errors="replace").splitlines():
-        yield parse_line(line, attempt=attempt, node=node, cursor=where)
+def _new_lines(store: Store, path: str, *, since: Cursor, torn: bool) -> Iterator[tuple[str, Cursor]]:
+    """Lines with the cursor after each. torn: also the last one, if it has no end.
+
+    A line feed alone ends a line, not the other breaks that Python knows, such as U+2028. A cursor within what was
+    read keeps the segment that it began with, and reads that again.
+    """
+    data, end = read_appended(store, path, since=since)
+    start = 0
+    while start < len(data):
+        stop = data.find(b"\n", start) + 1
+        if not stop and not torn:
+            return
+        line, start = data[start : stop or None], stop or len(data)
+        cursor = end if start == len(data) else dataclasses.replace(since, offset=since.offset + start)
+        yield line.removesuffix(b"\n").decode(errors="replace"), cursor
 
 
 def _cursors_text(cursors: dict[str, Cursor]) -> str:

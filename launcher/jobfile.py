@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from launcher.errors import SpecError, nearest
 from launcher.spec import JobSpec
-from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml
+from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml, with_value
 
 __all__ = ["apply_settings", "load_job", "parse_setting", "validate"]
 
@@ -30,7 +30,7 @@ def apply_settings(document: Document, settings: Iterable[str]) -> JobSpec:
     parsed = [parse_setting(text) for text in settings]
     content = dict(document.content)
     for keys, value, written in parsed:
-        content = _set(content, keys, written if keys[0] == "env" and type(value) is int else value)
+        content = with_value(content, keys, written if keys[0] == "env" and type(value) is int else value)
     return _validate_with_settings(Document(document.file, content, _lines_without(document, parsed)), parsed)
 
 
@@ -65,7 +65,7 @@ def _validate_with_settings(document: Document, settings: list[tuple[KeyPath, An
     content = dict(document.content)
     for keys, _, written in settings:
         if any(_same_place(place, keys) for place in places):
-            content = _set(content, keys, written)
+            content = with_value(content, keys, written)
     return validate(JobSpec, Document(document.file, content, document.lines))
 
 
@@ -90,14 +90,6 @@ def _telling(errors: list[ErrorDetails]) -> ErrorDetails:
         return first
     last = [error for error in errors if error["loc"][: len(place)] == place][-1]
     return {**last, "loc": place}
-
-
-def _set(content: Mapping[str, Any], keys: KeyPath, value: Any) -> dict[str, Any]:
-    first, rest = str(keys[0]), keys[1:]
-    if not rest:
-        return {**content, first: value}
-    below = content.get(first)
-    return {**content, first: _set(below if isinstance(below, Mapping) else {}, rest, value)}
 
 
 def _lines_without(document: Document, settings: list[tuple[KeyPath, Any, str]]) -> dict[KeyPath, int]:

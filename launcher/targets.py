@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from launcher import paths
@@ -16,7 +15,7 @@ from launcher.backends import load_backend, names
 from launcher.backends.base import Backend, BaseTarget
 from launcher.errors import SpecError, nearest
 from launcher.jobfile import validate
-from launcher.yamlfile import Document, read_yaml
+from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml, with_value
 
 __all__ = ["FILE_NAME", "Selected", "Targets", "load_targets"]
 
@@ -51,8 +50,14 @@ class Selected:
 
 @dataclass(frozen=True)
 class _Entry:
+    """variables: key path in the target → variable of the environment that its value came from."""
+
     content: Mapping[str, Any]
     document: Document | None
+    variables: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    def overridden(self, keys: KeyPath, variable: str, value: Any) -> _Entry:
+        return _Entry(with_value(self.content, keys, value), self.document, {**self.variables, keys: variable})
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,13 @@ def load_targets(folder: Path, environ: Mapping[str, str] | None = None) -> Targ
         entries |= {name: _Entry(content, document) for name, content in file.targets.items()}
         datasets |= file.datasets
     environ = os.environ if environ is None else environ
-    for name, keys, value in _overrides(environ, _PREFIX, [*entries, *names()]):
+    for variable, name, keys in _overrides(environ, _PREFIX, [*entries, *names()]):
         old = entries.get(name, _Entry({"backend": name}, None))
-        entries[name] = _Entry(_set(old.content, keys, value), old.document)
-    for name, keys, value in _overrides(environ, _DATASET_PREFIX, list(datasets)):
-        datasets[name] = {**datasets.get(name, {}), keys[0]: str(value)}
+        entries[name] = old.overridden(keys, variable, _value_of(variable, environ[variable]))
+    for variable, name, keys in _overrides(environ, _DATASET_PREFIX, list(datasets)):
+        if len(keys) > 1:
+            raise SpecError(f"expected {_DATASET_PREFIX}NAME__TARGET", key=variable)
+        datasets[name] = {**datasets.get(name, {}), str(keys[0]): environ[variable]}
     default = next((file.default for _, file in files if file.default), "local")
     return Targets(entries, datasets, default)
 
@@ -144,8 +151,8 @@ def _above(folder: Path) -> Path | None:
     return next((f / FILE_NAME for f in (folder, *folder.parents) if (f / FILE_NAME).is_file()), None)
 
 
-def _overrides(environ: Mapping[str, str], prefix: str, known: Sequence[str]) -> Iterator[tuple[str, list[str], Any]]:
-    """`CVLAUNCH_TARGETS__HPC__PARTITION=gpu` → ("hpc", ["partition"], "gpu"); values are read as YAML."""
+def _overrides(environ: Mapping[str, str], prefix: str, known: Sequence[str]) -> Iterator[tuple[str, str, KeyPath]]:
+    """The variable `CVLAUNCH_TARGETS__HPC__PARTITION` → (it, "hpc", ("partition",))."""
     for variable in sorted(environ):
         if not variable.startswith(prefix):
             continue
@@ -153,17 +160,15 @@ def _overrides(environ: Mapping[str, str], prefix: str, known: Sequence[str]) ->
         if not name or not keys or not all(keys):
             raise SpecError(f"expected {prefix}NAME__KEY", key=variable)
         real = next((k for k in known if k.lower().replace("-", "_") == name.replace("-", "_")), name)
-        try:
-            yield real, keys, yaml.safe_load(environ[variable])
-        except yaml.YAMLError:
-            raise SpecError("its value is not YAML; quote it", key=variable) from None
+        yield variable, real, tuple(keys)
 
 
-def _set(content: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    if len(keys) == 1:
-        return {**content, keys[0]: value}
-    below = content.get(keys[0])
-    return {**content, keys[0]: _set(below if isinstance(below, Mapping) else {}, keys[1:], value)}
+def _value_of(variable: str, written: str) -> Any:
+    """Read as YAML, like the same words in targets.yaml."""
+    try:
+        return parse_yaml(written)[0]
+    except SpecError as error:
+        raise SpecError(f"its value can't be read; quote it ({error.message})", key=variable) from None
 
 
 def _checked(name: str, entry: _Entry) -> Selected:
@@ -177,6 +182,18 @@ def _checked(name: str, entry: _Entry) -> Selected:
             line=document.line(("targets", name)),
             key=f"targets.{name}.backend",
         )
-    backend = load_backend(backend_name)
-    target = validate(backend.Target, document, at=("targets", name), content=entry.content)
+    try:
+        backend = load_backend(backend_name)
+        target = validate(backend.Target, document, at=("targets", name), content=entry.content)
+    except SpecError as error:
+        raise _blamed(error, name, entry) from None
     return Selected(name, target, backend, folder)
+
+
+def _blamed(error: SpecError, name: str, entry: _Entry) -> SpecError:
+    """The same error at the variable that the value came from, if one gave it, not at a line of a file."""
+    place = f"{(error.key or '').removeprefix(f'targets.{name}.')}."
+    for keys, variable in entry.variables.items():
+        if place.startswith(".".join(map(str, keys)) + "."):
+            return type(error)(error.message, key=variable)
+    return error

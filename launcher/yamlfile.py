@@ -12,7 +12,7 @@ import yaml
 
 from launcher.errors import SpecError
 
-__all__ = ["Document", "KeyPath", "parse_yaml", "read_yaml"]
+__all__ = ["Document", "KeyPath", "parse_yaml", "read_yaml", "with_value"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -67,6 +67,15 @@ def parse_yaml(text: str, *, file: Path | None = None) -> tuple[Any, dict[KeyPat
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # What PyYAML's constructors raise on the date 2026-99-99, on `!!bool maybe` and on `!!int ''`.
         raise SpecError(f"not YAML: a value that is not what its tag or form promises ({error})", file=file) from error
+
+
+def with_value(content: Mapping[str, Any], keys: KeyPath, value: Any) -> dict[str, Any]:
+    """A copy with the value set at a key; what stands in its way and has no keys is replaced."""
+    first, rest = str(keys[0]), keys[1:]
+    if not rest:
+        return {**content, first: value}
+    below = content.get(first)
+    return {**content, first: with_value(below if isinstance(below, Mapping) else {}, rest, value)}
 
 
 def _read_text(path: Path) -> str:

@@ -111,6 +111,36 @@ def test_a_variable_without_a_key_is_told(project: Path, variable: str) -> None:
         load_targets(project, {variable: "x"})
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("TARGETS__DESK__OUTPUTT", "x", "unknown key; did you mean 'output'"),
+        ("TARGETS__DESK__OUTPUT", "5", "expected text, found 5; quote it"),
+        ("TARGETS__DESK__OUTPUT", "2026-99-99", "its value can't be read; quote it .*month must be in 1..12"),
+        ("TARGETS__DESK__OUTPUT", "[", "its value can't be read; quote it"),
+        ("TARGETS__DESK__STORAGE__ENDPOINT", "[1]", "expected text, found a list"),
+        ("TARGETS__DESK__NOTIFY", "{command: []}", "expected .* at least 1 item"),
+        ("TARGETS__DESK__BACKEND", "slurmm", "unknown backend 'slurmm'"),
+        ("DATASETS__SHAPES__DESK__DEEPER", "/x", "expected CVLAUNCH_DATASETS__NAME__TARGET"),
+    ],
+)
+def test_a_wrong_variable_is_named_not_the_file(project: Path, variable: str, value: str, says: str) -> None:
+    with pytest.raises(SpecError, match=f"^CVLAUNCH_{variable}: {says}") as caught:
+        load_targets(project, {f"CVLAUNCH_{variable}": value}).select(target="desk")
+    assert (caught.value.file, caught.value.line) == (None, None)
+
+
+def test_a_variable_has_no_part_in_what_the_file_says_wrongly(tmp_path: Path) -> None:
+    (tmp_path / "targets.yaml").write_text("targets:\n  desk: {backend: local, output: 5}")
+    with pytest.raises(SpecError, match=r"targets.yaml:2: targets.desk.output: expected text, found 5"):
+        load_targets(tmp_path, {"CVLAUNCH_TARGETS__DESK__PYTHON": "/opt/python"}).select(target="desk")
+
+
+def test_a_dataset_s_place_in_a_variable_is_text_as_it_stands(project: Path) -> None:
+    targets = load_targets(project, {"CVLAUNCH_DATASETS__SHAPES__DESK": "2026-01-01"})
+    assert targets.place_of("shapes", "desk") == "2026-01-01"
+
+
 def test_a_dataset_has_a_place_for_each_target(project: Path) -> None:
     targets = load_targets(project)
     assert targets.place_of("shapes", "desk") == "/scratch/shapes"

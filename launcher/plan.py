@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from launcher.errors import SpecError, UnsupportedError
 from launcher.paths import templates_folder
 from launcher.stores import join_uri, scheme
 
-__all__ = ["eject_templates", "job_file", "load_template", "make_plan", "placeholders", "transport_of"]
+__all__ = ["eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
 
-PLACEHOLDER = "REPLACE-ME"
+_PLACEHOLDER = "REPLACE-ME"
 
 
 def load_template(backend: type[Backend], folder: str | None = None) -> str:
@@ -30,8 +29,15 @@ def load_template(backend: type[Backend], folder: str | None = None) -> str:
     for place in (*places, templates_folder()):
         path = place / backend.name / backend.template
         if path.is_file():
-            return path.read_text()
+            return _read_text(path)
     raise SpecError(f"no template {backend.name}/{backend.template} in {', '.join(map(str, places))} or the package")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SpecError("not a text file (UTF-8)", file=path) from None
 
 
 def eject_templates(backend: type[Backend], to: Path) -> Path:
@@ -90,7 +96,7 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
     files: dict[str, bytes | str] = {} if backend.inline_job else {JOB: described.to_bytes()}
     if job.code_archive:
         files[CODE] = job.code_archive
-    missing = tuple(f"{place} is a placeholder" for place in placeholders(text))
+    missing = tuple(_placeholders(backend, template))
     return Plan(
         run_id=run_id,
         backend=backend.name,
@@ -100,13 +106,36 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
         plan_sha=text_digest(text),
         outputs=(Output(join_uri(job.output, run_id)),),
         unpinned=job.unpinned,
-        warnings=(*job.warnings, *missing),
+        warnings=(*job.warnings, *(f"{where} must be given before this can be sent" for where in missing)),
+        placeholders=missing,
     )
 
 
-def placeholders(text: str) -> list[str]:
-    """Values that stand for what only the user knows, marked with REPLACE-ME."""
-    return sorted(set(re.findall(rf"[^\s\"',]*{PLACEHOLDER}[^\s\"',]*", text)))
+def _placeholders(backend: Backend, template: str) -> Iterator[str]:
+    """What nobody has given yet: keys of the target that a stand-in fills, and where else REPLACE-ME was left.
+
+    Only the target and the template are looked at: in a job's own values the word means what the user wants.
+    """
+    for key, stand_in in backend.placeholders.items():
+        if getattr(backend.target, key) is None:
+            yield f"the key {key} of target {backend.target_name!r} ({stand_in})"
+    for place, value in _texts(backend.target.model_dump(mode="json")):
+        if _PLACEHOLDER in value:
+            yield f"the key {place} of target {backend.target_name!r} ({value})"
+    if _PLACEHOLDER in template:
+        yield f"{_PLACEHOLDER} in the template {backend.name}/{backend.template}"
+
+
+def _texts(content: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and text of each text in nested keys and lists."""
+    if isinstance(content, str):
+        yield place, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _texts(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, list | tuple):
+        for number, value in enumerate(content):
+            yield from _texts(value, f"{place}.{number}")
 
 
 class _Filtered(str):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from launcher import manifest, shm
 from launcher._version import __version__
-from launcher.backends.base import Feature, Image, Job, features_missing
+from launcher.backends.base import Backend, Feature, Image, Job, features_missing
 from launcher.code import build_archive
 from launcher.contract import WEIGHTS_CHANNEL, Channel, Code
 from launcher.dataset import check_channel
@@ -42,12 +45,12 @@ def resolve(
     online: read manifests from stores; otherwise what is not on this machine stays as written, with a warning.
     """
     _check_features(spec, selected)
-    output = _output(spec, selected)
-    resolver = _Resolver(selected, folder, targets, ledger, output, online)
+    output = _output(spec, selected, folder)
+    resolver = _Resolver(spec, selected, folder, targets, ledger, output, online)
     places = dict(spec.data)
     if spec.train and spec.train.init:
         places[WEIGHTS_CHANNEL] = spec.train.init
-    channels = tuple(resolver.channel(name, place, spec) for name, place in sorted(places.items()))
+    channels = tuple(resolver.channel(name, place) for name, place in sorted(places.items()))
     code, archive = _code(spec, folder, scratch)
     image = Image(spec.image) if spec.image and selected.backend.rules.container else None
     train = _train(spec)
@@ -78,8 +81,8 @@ def resolve(
         shm=shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm,
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
-        unpinned=tuple(_unpinned(channels, image, code)),
-        warnings=tuple(resolver.warnings),
+        unpinned=tuple(_unpinned(spec, channels, image, code)),
+        warnings=(*_ignored(spec, selected.backend), *resolver.warnings),
         version=__version__,
     )
 
@@ -87,16 +90,20 @@ def resolve(
 def _check_features(spec: JobSpec, selected: Selected) -> None:
     resources = spec.resources
     wanted = {
-        Feature.GPUS: resources.gpus > 0,
-        Feature.MULTI_NODE: resources.nodes > 1,
-        Feature.SHM: resources.shm != "auto",
-        Feature.SPOT: resources.spot,
-        Feature.MAX_WAIT: resources.max_wait is not None,
-        Feature.SECRETS_CLIENT: any(not r.startswith("store:") for r in spec.secrets.values()),
-        Feature.SECRETS_STORE: any(r.startswith("store:") for r in spec.secrets.values()),
+        Feature.GPUS: ("resources.gpus", resources.gpus > 0),
+        Feature.MULTI_NODE: ("resources.nodes", resources.nodes > 1),
+        Feature.SHM: ("resources.shm", resources.shm != "auto"),
+        Feature.SPOT: ("resources.spot", resources.spot),
+        Feature.RESTART: ("resources.spot", resources.spot),
+        Feature.MAX_WAIT: ("resources.max_wait", resources.max_wait is not None),
+        Feature.SECRETS_CLIENT: ("secrets", any(not r.startswith("store:") for r in spec.secrets.values())),
+        Feature.SECRETS_STORE: ("secrets", any(r.startswith("store:") for r in spec.secrets.values())),
+        Feature.CONTAINER: ("runner", spec.runner == "none"),
     }
-    for feature, reason in features_missing(selected.backend, [f for f, yes in wanted.items() if yes]):
-        raise UnsupportedError(f"the {selected.backend.name} backend has no {feature}: {reason}")
+    for feature, reason in features_missing(selected.backend, [f for f, (_, asked) in wanted.items() if asked]):
+        raise UnsupportedError(
+            f"the {selected.backend.name} backend has no {feature}: {reason}", key=wanted[feature][0]
+        )
     if selected.backend.rules.container and not (spec.image or spec.build):
         raise SpecError(f"the {selected.backend.name} backend runs containers; give image or build", key="image")
     foreign = sorted(set(spec.native) - {selected.backend.name})
@@ -107,8 +114,23 @@ def _check_features(spec: JobSpec, selected: Selected) -> None:
         )
 
 
-def _output(spec: JobSpec, selected: Selected) -> str:
-    written = spec.output or selected.target.output
+def _ignored(spec: JobSpec, backend: type[Backend]) -> Iterator[str]:
+    """What the user wrote, and the backend does nothing with."""
+    for key, reason in backend.ignored.items():
+        if _is_written(spec, key):
+            yield f"{key} has no effect on the {backend.name} backend: {reason}"
+
+
+def _is_written(spec: JobSpec, key: str) -> bool:
+    """Whether the job says something else there than the default."""
+    *path, last = key.split(".")
+    model: BaseModel = functools.reduce(getattr, path, spec)
+    return bool(getattr(model, last) != type(model).model_fields[last].default)
+
+
+def _output(spec: JobSpec, selected: Selected, folder: Path) -> str:
+    """A relative folder starts where it is written: at the job file's, or at that of targets.yaml."""
+    written, start = (spec.output, folder) if spec.output else (selected.target.output, selected.folder)
     if not written:
         raise SpecError(
             f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output"
@@ -116,7 +138,7 @@ def _output(spec: JobSpec, selected: Selected) -> str:
     if is_uri(written):
         transport_of(selected.backend, written)
         return written.rstrip("/")
-    return file_uri((selected.folder / Path(written).expanduser()).absolute())
+    return file_uri((start / Path(written).expanduser()).absolute())
 
 
 def _train(spec: JobSpec) -> dict[str, Any] | None:
@@ -144,10 +166,11 @@ def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:
     return int(1.2 * sum(channel.size or 0 for channel in channels)) + (20 << 30)
 
 
-def _unpinned(channels: tuple[Channel, ...], image: Image | None, code: Code | None) -> Iterator[str]:
+def _unpinned(spec: JobSpec, channels: tuple[Channel, ...], image: Image | None, code: Code | None) -> Iterator[str]:
     for channel in channels:
         if channel.fingerprint is None:
-            yield f"data.{channel.name}: no manifest; write one with: cvlaunch data fingerprint {_shown(channel.uri)}"
+            key = _key_of(spec, channel.name)
+            yield f"{key}: no manifest; write one with: cvlaunch data fingerprint {_shown(channel.uri)}"
     if image is None:
         yield "image: a process runs in an environment that no digest covers"
     elif image.config_digest is None:
@@ -160,10 +183,16 @@ def _shown(uri: str) -> str:
     return str(path_of(uri)) if scheme(uri) == "file" else uri
 
 
+def _key_of(spec: JobSpec, channel: str) -> str:
+    """The key of the job file that says where a channel is."""
+    return "train.init" if channel == WEIGHTS_CHANNEL and spec.train and spec.train.init else f"data.{channel}"
+
+
 @dataclasses.dataclass
 class _Resolver:
     """Finds the place of each channel for one target."""
 
+    spec: JobSpec
     selected: Selected
     folder: Path
     targets: Targets
@@ -172,18 +201,18 @@ class _Resolver:
     online: bool
     warnings: list[str] = dataclasses.field(default_factory=list)
 
-    def channel(self, name: str, written: str, spec: JobSpec) -> Channel:
+    def channel(self, name: str, written: str) -> Channel:
         place = self._from_dataset(name, written)
         if place.startswith(_RUN_URI):
             place = self._from_run(name, place)
         if place.startswith(_TARGET_PATH):
             path = place.removeprefix(_TARGET_PATH)
             if not path.startswith("/"):
-                raise SpecError(f"{place!r} needs an absolute path after target:", key=f"data.{name}")
+                raise SpecError(f"{place!r} needs an absolute path after target:", key=self._key(name))
             return self._described(name, file_uri(Path(path)), "file")
         if is_uri(place):
             return self._described(name, place, scheme(place))
-        return self._client_folder(name, written, self.folder / Path(place).expanduser(), spec)
+        return self._client_folder(name, written, self.folder / Path(place).expanduser())
 
     def _from_dataset(self, name: str, written: str) -> str:
         """`shapes/train` where `shapes` is a dataset; anything else stays as it is."""
@@ -194,14 +223,16 @@ class _Resolver:
             try:
                 base = self.targets.place_of(first, self.selected.name)
             except SpecError as error:
-                raise SpecError(error.message, key=f"data.{name}") from None
+                raise SpecError(error.message, key=self._key(name)) from None
             if base.startswith("/"):  # places of datasets are seen from the target
                 base = _TARGET_PATH + base
             return f"{base.rstrip('/')}/{rest}" if rest else base
         if not (self.folder / written).exists():
             known = sorted(self.targets.datasets)
             hint = nearest(first, known) or (f"; datasets: {', '.join(known)}" if known else "; no dataset is defined")
-            raise SpecError(f"{written!r} is neither a folder in {self.folder} nor a dataset{hint}", key=f"data.{name}")
+            raise SpecError(
+                f"{written!r} is neither a folder in {self.folder} nor a dataset{hint}", key=self._key(name)
+            )
         return written
 
     def _from_run(self, name: str, place: str) -> str:
@@ -209,21 +240,17 @@ class _Resolver:
         try:
             record = self.ledger.find(run_id)
         except SpecError as error:
-            raise SpecError(error.message, key=f"data.{name}") from None
+            raise SpecError(error.message, key=self._key(name)) from None
         return join_uri(record.output, record.run_id, path or "model")
 
-    def _client_folder(self, name: str, written: str, path: Path, spec: JobSpec) -> Channel:
+    def _client_folder(self, name: str, written: str, path: Path) -> Channel:
         path = path.absolute()
-        if "client" not in self._accesses():
+        if not self._sees_this_machine():
             raise SpecError(
                 f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
                 f"run: cvlaunch data push {path} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
-                key=f"data.{name}",
+                key=self._key(name),
             )
-        if spec.train is not None and name in ("train", "val"):
-            check_channel(path, spec.train, channel=name)
-        elif not path.is_dir():
-            raise SpecError(f"no folder {path}", key=f"data.{name}")
         return self._described(name, file_uri(path), "client")
 
     def _described(self, name: str, uri: str, kind: str) -> Channel:
@@ -231,11 +258,13 @@ class _Resolver:
         if kind not in accesses:
             raise SpecError(
                 f"{uri} can't be read by target {self.selected.name!r}; it reads {', '.join(sorted(accesses))}",
-                key=f"data.{name}",
+                key=self._key(name),
             )
+        if scheme(uri) == "file" and self._sees_this_machine():
+            self._check_folder(name, path_of(uri))
         channel = Channel(name, uri, accesses[kind])
         if not self.online and scheme(uri) != "file":
-            self.warnings.append(f"data.{name}: {uri} was not looked at; --resolve reads its fingerprint")
+            self.warnings.append(f"{self._key(name)}: {uri} was not looked at; --resolve reads its fingerprint")
             return channel
         found = self._manifest(name, uri)
         if found is None:
@@ -248,7 +277,20 @@ class _Resolver:
         try:
             return manifest.read(open_store(uri, self.selected.target.storage.options))
         except SpecError as error:
-            raise SpecError(error.message, key=f"data.{name}") from error
+            raise SpecError(error.message, key=self._key(name)) from error
+
+    def _check_folder(self, name: str, path: Path) -> None:
+        if self.spec.train is not None and name in ("train", "val"):
+            check_channel(path, self.spec.train, channel=name)
+        elif not path.is_dir():
+            raise SpecError(f"no folder {path}", key=self._key(name))
+
+    def _key(self, name: str) -> str:
+        return _key_of(self.spec, name)
+
+    def _sees_this_machine(self) -> bool:
+        """Whether a path means the same folder there and here."""
+        return "client" in self._accesses()
 
     def _accesses(self) -> Mapping[str, str]:
         return transport_of(self.selected.backend, self.output).channels

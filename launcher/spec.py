@@ -269,7 +269,3 @@ class JobSpec(Model):
             )
         if isinstance(self.train, DetectConfig) and not self.resources.gpus and self.resources.processes_per_node > 1:
             raise ValueError("detect on the CPU trains in one process: Ultralytics' distributed training needs GPUs")
-
-    @property
-    def portable(self) -> bool:
-        return not self.native

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.errors import SpecError, UnsupportedError
-from launcher.plan import eject_templates, load_template, make_plan, placeholders
+from launcher.ledger import Ledger
+from launcher.plan import eject_templates, load_template, make_plan
+from launcher.run import submit
+from launcher.spec import JobSpec
+from launcher.submission import prepare
 from tests.conftest import Golden
 from tests.jobs import SPECS, fixed_job
 
@@ -78,9 +85,68 @@ def test_a_user_s_template_goes_before_ours(tmp_path: Path) -> None:
         eject_templates(LocalBackend, tmp_path)
 
 
-def test_placeholders_are_found() -> None:
-    text = '{"role": "arn:aws:iam::000000000000:role/REPLACE-ME", "b": "REPLACE-ME"}'
-    assert placeholders(text) == ["REPLACE-ME", "arn:aws:iam::000000000000:role/REPLACE-ME"]
+class RoleTarget(LocalTarget):
+    role: str | None = None
+
+
+class NeedsRole(LocalBackend):
+    placeholders = {"role": "arn:aws:iam::000000000000:role/REPLACE-ME"}  # noqa: RUF012 a table as any backend has
+
+
+@pytest.mark.parametrize(
+    ("target", "template", "missing"),
+    [
+        ({}, "{}", ["the key role of target 'desk' (arn:aws:iam::000000000000:role/REPLACE-ME)"]),
+        ({"role": "arn:mine"}, "{}", []),
+        ({"role": "REPLACE-ME"}, "{}", ["the key role of target 'desk' (REPLACE-ME)"]),
+        (
+            {"role": "arn:mine", "overlay": {"a": ["x/REPLACE-ME"]}},
+            "{}",
+            ["the key overlay.a.0 of target 'desk' (x/REPLACE-ME)"],
+        ),
+        ({"role": "arn:mine"}, '{"a": "REPLACE-ME"}', ["REPLACE-ME in the template local/process.json.j2"]),
+    ],
+)
+def test_what_nobody_has_given_is_named(target: dict[str, object], template: str, missing: list[str]) -> None:
+    backend = NeedsRole(RoleTarget.model_validate({"output": "/out", **target}), "desk")
+    plan = make_plan(fixed_job("command", backend.target, "desk", "file:///out"), backend, "a-0", template=template)
+    assert list(plan.placeholders) == missing
+    assert [w.removesuffix(" must be given before this can be sent") for w in plan.warnings] == missing
+
+
+@pytest.mark.parametrize("key", ["env", "tags"])
+def test_the_user_s_own_replace_me_is_a_word_like_any_other(tmp_path: Path, key: str) -> None:
+    job = JobSpec.model_validate({"name": "x", "command": ["true"], key: {"TEXT": "REPLACE-ME"}})
+    with prepare(job, target="local", folder=tmp_path, ledger=Ledger(tmp_path / "ledger")) as prepared:
+        plan = prepared.plan()
+    assert "REPLACE-ME" in plan.text
+    assert (plan.placeholders, plan.warnings) == ((), ())
+
+
+def test_a_placeholder_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "targets.yaml").write_text("targets: {desk: {backend: local, overlay: {queue: REPLACE-ME}}}")
+    job, ledger = JobSpec.model_validate({"name": "x", "command": ["true"]}), Ledger(tmp_path / "ledger")
+    with pytest.raises(
+        SpecError, match=r"the key overlay\.queue of target 'desk' .*must be given before this can be sent"
+    ):
+        submit(job, target="desk", folder=tmp_path, ledger=ledger)
+    assert ledger.ids() == []
+
+
+def test_a_template_is_utf_8_on_every_machine(tmp_path: Path) -> None:
+    """Whatever the language of the user is: here ASCII."""
+    copy = eject_templates(LocalBackend, tmp_path)
+    (copy / LocalBackend.template).write_text('{"greeting": "grüß ☃"}', encoding="utf-8")
+    script = (
+        "import sys; from launcher.plan import load_template; from launcher.backends.local import LocalBackend; "
+        "sys.stdout.buffer.write(load_template(LocalBackend, sys.argv[1]).encode())"
+    )
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environ, capture_output=True, check=False)
+    assert done.stdout.decode() == '{"greeting": "grüß ☃"}', done.stderr.decode()
+    (copy / LocalBackend.template).write_bytes(b"\xff")
+    with pytest.raises(SpecError, match=f"{LocalBackend.template}: not a text file"):
+        load_template(LocalBackend, str(tmp_path))
 
 
 def test_an_output_that_no_table_knows_is_refused() -> None:

@@ -9,17 +9,22 @@ import pytest
 import yaml
 
 from launcher import manifest
-from launcher.backends.base import Job, Plan
+from launcher.backends.base import Job, Plan, Transport
+from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.errors import SpecError
 from launcher.ledger import Ledger
-from launcher.stores import open_store
+from launcher.resolve import resolve
+from launcher.spec import JobSpec
+from launcher.stores import file_uri, open_store
 from launcher.submission import prepare
+from launcher.targets import Selected, Targets
 from tests.s3_fixtures import Bucket
 
 TARGETS = """\
 datasets:
   shapes: {default: s3://bucket/shapes, desk: DATA}
   elsewhere: {hpc: /scratch/x}
+  gone: {default: /no/such/place}
 targets:
   desk: {backend: local, output: out}
   far: {backend: local, output: s3://bucket/runs, storage: {endpoint: ENDPOINT, region: us-east-1}}
@@ -55,7 +60,7 @@ TRAIN = {"command": None, "train": {"task": "classify"}, "data": {"train": "data
         ("{project}/data/train", "file://{project}/data/train"),
         ("shapes/train", "file://{project}/data/train"),
         ("shapes", "file://{project}/data"),
-        ("target:/mnt/never/looked/at", "file:///mnt/never/looked/at"),
+        ("target:{project}/data", "file://{project}/data"),
         ("file://{project}/data", "file://{project}/data"),
     ],
 )
@@ -82,8 +87,24 @@ def test_the_home_folder_is_meant(project: Path, home: Path) -> None:
         ({"data": {"train": "ftp://host/x"}}, "data.train: ftp://host/x can't be read by target 'desk'; it reads"),
         ({"data": {"train": "target:relative"}}, "needs an absolute path after target:"),
         ({"data": {"train": "run://nobody-0000000000/model"}}, "data.train: there is no run 'nobody-0000000000'"),
-        ({**TRAIN, "data": {"train": "data/train", "val": "data/train/cat"}}, "data.val"),
-        ({**TRAIN, "train": {"task": "classify", "init": "nowhere"}}, "data.weights: 'nowhere' is neither"),
+        ({**TRAIN, "data": {"train": "data/train", "val": "data/train/cat"}}, "data.val: .*train/cat holds"),
+        (
+            {**TRAIN, "train": {"task": "classify", "init": "nowhere"}},
+            "job.yaml:\\d+: train.init: 'nowhere' is neither",
+        ),
+        (
+            {**TRAIN, "train": {"task": "classify", "init": "target:relative"}},
+            "job.yaml:\\d+: train.init: .* needs an absolute",
+        ),
+        ({"data": {"x": "file:///no/such"}}, "job.yaml:4: data.x: no folder /no/such"),
+        ({"data": {"x": "target:/no/such"}}, "data.x: no folder /no/such"),
+        ({"data": {"x": "gone"}}, "data.x: no folder /no/such/place"),
+        ({**TRAIN, "data": {"train": "shapes/train", "val": "shapes/val/cat"}}, "data.val: .*val/cat holds"),
+        ({**TRAIN, "train": {"task": "classify", "init": "file:///no/such"}}, "train.init: no folder /no/such"),
+        (
+            {"image": "busybox", "runner": "none"},
+            "runner: the local backend has no container image: a process is not a container",
+        ),
         ({"resources": {"nodes": 2}}, "the local backend has no multi-node: this is one machine"),
         ({"resources": {"shm": "1Gi"}}, "write resources.shm: auto"),
         ({"resources": {"spot": True}}, "write resources.spot: false"),
@@ -95,6 +116,45 @@ def test_the_home_folder_is_meant(project: Path, home: Path) -> None:
 def test_what_can_t_be_resolved_names_the_key(project: Path, keys: dict[str, object], says: str) -> None:
     with pytest.raises(SpecError, match=says):
         resolved(project, **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ignored"),
+    [
+        ({"image": "trainer"}, ["image"]),
+        ({"build": "docker"}, ["build"]),
+        (
+            {"resources": {"cpus": 4, "memory": "8GB", "disk": "1GB"}},
+            ["resources.cpus", "resources.memory", "resources.disk"],
+        ),
+        ({"resources": {"disk": "auto", "timeout": "1h", "processes": 2}}, []),
+    ],
+)
+def test_what_has_no_effect_is_told(project: Path, keys: dict[str, object], ignored: list[str]) -> None:
+    _, plan = resolved(project, **keys)
+    assert [text.split(" has no effect on the local backend: ")[0] for text in plan.warnings] == ignored
+
+
+@pytest.mark.parametrize(("written", "starts_at"), [("mine", "jobs"), (None, "."), ("../up", ".")])
+def test_a_relative_output_starts_where_it_is_written(project: Path, written: str | None, starts_at: str) -> None:
+    (project / "jobs").mkdir()
+    job = JobSpec.model_validate({"name": "x", "command": ["true"], "output": written})
+    ledger = Ledger(project / "ledger")
+    with prepare(job, target="desk", folder=project / "jobs", ledger=ledger) as prepared:
+        name = (written or "out").removeprefix("../")
+        assert prepared.job.output == file_uri(project / starts_at / name)
+
+
+def test_a_folder_that_only_the_target_sees_is_not_looked_for(tmp_path: Path) -> None:
+    class Remote(LocalBackend):
+        transports = {"s3": Transport({"file": "path"}, LocalBackend.transports["s3"].movers)}  # noqa: RUF012
+
+    target = LocalTarget(output="s3://bucket/runs")
+    selected = Selected("far", target, Remote, tmp_path)  # type: ignore[arg-type] a table as any backend has
+    spec = JobSpec.model_validate({"name": "x", "command": ["true"], "data": {"x": "target:/mnt/never/looked/at"}})
+    ledger = Ledger(tmp_path / "ledger")
+    job = resolve(spec, selected, folder=tmp_path, targets=Targets(), scratch=tmp_path, ledger=ledger)
+    assert job.channels[0].uri == "file:///mnt/never/looked/at"
 
 
 def test_nothing_is_pinned_without_manifests(project: Path) -> None:
@@ -125,6 +185,7 @@ def test_init_is_a_channel(project: Path) -> None:
     assert {c.name: c.uri for c in job.channels}["weights"] == f"file://{project}/weights"
     assert job.train is not None
     assert job.train["init"] == "weights"
+    assert "train.init" in [text.split(":")[0] for text in job.unpinned]
 
 
 def test_offline_what_is_not_here_stays_as_written(project: Path) -> None:

@@ -57,11 +57,6 @@ def test_secrets_by_value(value: str) -> None:
         JobSpec.model_validate({**COMMAND, "secrets": {"A": value}})
 
 
-def test_native_settings_bind_a_job_to_a_backend() -> None:
-    assert JobSpec.model_validate(COMMAND).portable
-    assert not JobSpec.model_validate({**COMMAND, "native": {"slurm": {"qos": "high"}}}).portable
-
-
 def test_init_and_the_weights_channel_exclude_each_other() -> None:
     train = {"task": "classify", "init": "run://a/model"}
     with pytest.raises(ValidationError, match=r"train\.init and the channel weights"):

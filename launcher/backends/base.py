@@ -19,6 +19,7 @@ from launcher.status import Status
 from launcher.stores import StorageOptions, Store
 
 __all__ = [
+    "IGNORABLE",
     "Backend",
     "BaseTarget",
     "ContainerRules",
@@ -37,6 +38,10 @@ __all__ = [
     "features_missing",
     "native_name",
 ]
+
+
+IGNORABLE = ("image", "build", "resources.gpu", "resources.cpus", "resources.memory", "resources.disk")
+"""Keys of a job that a backend may do nothing with (`Backend.ignored`); it must carry out all others or refuse them."""
 
 
 class Storage(Model):
@@ -75,7 +80,12 @@ class BaseTarget(Model):
 
 
 class Feature(StrEnum):
-    """What a job may ask for and a backend may lack."""
+    """What a user may ask for and a backend may lack.
+
+    `resolve` refuses a job that asks for one that is missing: CONTAINER is asked for by `runner: none`, RESTART (the
+    platform starts a job again after taking its machine away) by `spot`. Nothing in a job asks for FOLLOW_LOGS or
+    EXEC: they tell people what to expect.
+    """
 
     GPUS = "gpus"
     MULTI_NODE = "multi-node"
@@ -174,6 +184,7 @@ class Job:
     storage: Mapping[str, str] = field(default_factory=dict)
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    """What the user wrote and this backend does not do, and what was not looked at."""
     version: str = ""
 
 
@@ -191,6 +202,7 @@ class Plan:
     """The job in the platform's own form. `text` is what is sent, nothing added or removed.
 
     files: path in the run's folder → bytes, or the path of a file here; put in the output store before the call.
+    placeholders: what nobody has given yet; such a plan is for reading, not for sending.
     """
 
     run_id: str
@@ -202,6 +214,7 @@ class Plan:
     outputs: tuple[Output, ...]
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,10 @@ class Handle:
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line. time: Unix seconds, None if unknown. rank: `-` is the runner itself. cursor: pass it as `since`."""
+    """One line. time: Unix seconds, None if unknown. rank: `-` is the runner itself.
+
+    cursor: pass it as `since` to go on with the line after this one.
+    """
 
     text: str
     time: float | None = None
@@ -252,6 +268,10 @@ class Backend(Protocol):
     doubt_s: ClassVar[float]
     features: ClassVar[Mapping[Feature, Support]]
     rules: ClassVar[ContainerRules]
+    ignored: ClassVar[Mapping[str, str]]
+    """Key of the job file (`IGNORABLE`) → why this backend does nothing with it; the user is told."""
+    placeholders: ClassVar[Mapping[str, str]]
+    """Key of the target → well-formed stand-in, marked REPLACE-ME, that `context` takes where the target has none."""
     transports: ClassVar[Mapping[str, Transport]]
     """Scheme of the output → who moves what."""
 
@@ -278,7 +298,12 @@ class Backend(Protocol):
         """
         ...
 
-    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str]) -> list[Handle]: ...
+    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str], *, attempt: int = 1) -> list[Handle]:
+        """`submit` of each plan, in their order, in as few calls as the platform allows: a sweep is one array job.
+
+        secrets: the same for every plan. After an error some may have been sent: `find` knows which.
+        """
+        ...
 
     def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
         """The jobs of these run ids that the platform knows."""

@@ -14,11 +14,12 @@ import yaml
 
 from launcher import Run, State, contract, render, submit
 from launcher.backends import load_backend
-from launcher.backends.base import Feature, Handle
-from launcher.errors import ConflictError
+from launcher.backends.base import IGNORABLE, Feature, Handle
+from launcher.errors import ConflictError, UnsupportedError
 from launcher.ledger import Ledger
 from launcher.status import Status
-from launcher.submission import backend_of
+from launcher.stores import join_uri, open_store
+from launcher.submission import backend_of, prepare
 from launcher.testing.world import World
 
 __all__ = [
@@ -38,12 +39,17 @@ __all__ = [
     "test_every_folder_has_one_writer",
     "test_hostile_values_arrive_unchanged",
     "test_logs_can_be_resumed",
+    "test_many_are_submitted_at_once",
     "test_many_runs_are_asked_at_once",
     "test_remove_leaves_nothing",
+    "test_rendering_asks_the_platform_for_what_the_job_asks",
+    "test_rendering_gives_shared_memory_where_it_can",
     "test_rendering_is_what_is_sent",
+    "test_rendering_names_secrets_without_their_values",
     "test_rendering_says_what_the_job_says",
     "test_results_come_home_in_one_layout",
     "test_secrets_stay_secret",
+    "test_what_is_ignored_has_a_reason",
 ]
 
 HOSTILE = {
@@ -135,8 +141,17 @@ def test_rendering_is_what_is_sent(job: Callable[..., Path], run_job: Callable[.
     assert end_of(run, world).state is State.SUCCEEDED
 
 
+def test_what_is_ignored_has_a_reason(world: World) -> None:
+    ignored = load_backend(world.backend).ignored
+    assert set(ignored) <= set(IGNORABLE)
+    assert all(ignored.values())
+
+
+RESOURCES = {"timeout": "90m", "grace": "70s", "cpus": 3, "memory": "2GiB", "disk": "30GiB"}
+
+
 def test_rendering_says_what_the_job_says(job: Callable[..., Path], world: World) -> None:
-    path = job("print('hello')", env={"GREETING": "hello"}, retries=3, resources={"timeout": "90m"}, tags={"a": "b"})
+    path = job("print('hello')", env={"GREETING": "hello"}, retries=3, resources=RESOURCES, tags={"a": "b"})
     plan = render(path, target="world", settings=world.settings)
     facts = world.facts(plan.text, plan.files)
     assert facts.argv[-1] == "launcher.runner" or facts.argv[-1].endswith("cvlaunch-run")
@@ -146,8 +161,49 @@ def test_rendering_says_what_the_job_says(job: Callable[..., Path], world: World
     assert described.job_digest == plan.job_digest
     assert described.command is not None
     assert described.command[-1] == "print('hello')"
-    assert (described.env, described.retries, described.timeout_s) == ({"GREETING": "hello"}, 3, 5400)
+    assert (described.env, described.retries) == ({"GREETING": "hello"}, 3)
+    assert (described.timeout_s, described.grace_s) == (5400, 70)
     assert set(described.movers) == set(contract.OUTPUT_FOLDERS)
+
+
+def test_rendering_asks_the_platform_for_what_the_job_asks(job: Callable[..., Path], world: World) -> None:
+    """Each is in the platform's own words at least what the job wants, or the user is told that it has no effect."""
+    plan = render(job("print('hello')", resources=RESOURCES), target="world", settings=world.settings)
+    facts, backend = world.facts(plan.text, plan.files), load_backend(world.backend)
+    asked = {"resources.cpus": 3, "resources.memory": 2 << 30, "resources.disk": 30 << 30}
+    got = {"resources.cpus": facts.cpus, "resources.memory": facts.memory, "resources.disk": facts.disk}
+    for key, least in asked.items():
+        found = got[key]
+        told = any(warning.startswith(f"{key} has no effect") for warning in plan.warnings)
+        assert (found is None, told) == (key in backend.ignored,) * 2, key
+        assert found is None or found >= least, key
+    assert (facts.image is None) == ("image" in backend.ignored)
+    assert facts.grace_s is None or facts.grace_s >= 70
+    assert facts.timeout_s is None or facts.timeout_s >= 5400
+
+
+def test_rendering_gives_shared_memory_where_it_can(job: Callable[..., Path], world: World) -> None:
+    path = job("print('hello')", resources={"shm": "1Gi"})
+    if load_backend(world.backend).features[Feature.SHM].supported:
+        plan = render(path, target="world", settings=world.settings)
+        assert (world.facts(plan.text, plan.files).shm or 0) >= 1 << 30
+        return
+    with pytest.raises(UnsupportedError):
+        render(path, target="world", settings=world.settings)
+
+
+def test_rendering_names_secrets_without_their_values(
+    job: Callable[..., Path], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RENDERED_TOKEN", "canary-1d07-of-rendering")
+    if not load_backend(world.backend).features[Feature.SECRETS_CLIENT].supported:
+        return
+    path = job("print('hello')", secrets={"TOKEN": "env:RENDERED_TOKEN"})
+    plan = render(path, target="world", settings=world.settings)
+    facts = world.facts(plan.text, plan.files)
+    assert set(facts.job["secrets"]) == {"TOKEN"}
+    assert facts.secrets is None or "TOKEN" in facts.secrets
+    assert "canary-1d07-of-rendering" not in plan.text
 
 
 def test_results_come_home_in_one_layout(run_job: Callable[..., Run], world: World, tmp_path: Path) -> None:
@@ -262,6 +318,20 @@ def test_many_runs_are_asked_at_once(run_job: Callable[..., Run], world: World) 
     assert [answers[handle].state for handle in handles] == [State.SUCCEEDED] * 5
 
 
+def test_many_are_submitted_at_once(job: Callable[..., Path], world: World) -> None:
+    with prepare(job("print('one of many')"), target="world", settings=world.settings) as prepared:
+        plans = [prepared.plan(f"promise-many-{number}") for number in range(3)]
+        backend = prepared.backend
+        for plan in plans:
+            uri = join_uri(prepared.job.output, plan.run_id)
+            store = backend.store(uri) or open_store(uri, backend.target.storage.options)
+            for path, content in plan.files.items():
+                store.write(path, Path(content) if isinstance(content, str) else content)
+        handles = backend.submit_many(plans, {})
+    assert backend.find([plan.run_id for plan in plans]) == {p.run_id: h for p, h in zip(plans, handles, strict=True)}
+    until(lambda: all(status.state is State.SUCCEEDED for status in backend.status(handles).values()), world)
+
+
 def test_a_doubled_submission_runs_once(run_job: Callable[..., Run], world: World) -> None:
     run = run_job("""
         import os, pathlib, time
@@ -304,8 +374,9 @@ def test_logs_can_be_resumed(run_job: Callable[..., Run], world: World) -> None:
     end_of(run, world)
     lines = [line for line in run.logs() if line.text.startswith("line ")]
     assert [line.text for line in lines] == [f"line {i}" for i in range(20)]
-    again = list(run.logs(since=lines[-1].cursor))
-    assert not [line for line in again if line.text.startswith("line ")]
+    for seen in (0, 6, 19):
+        again = [line for line in run.logs(since=lines[seen].cursor) if line.text.startswith("line ")]
+        assert again == lines[seen + 1 :]
 
 
 def test_secrets_stay_secret(run_job: Callable[..., Run], world: World, ledger: Ledger, tmp_path: Path) -> None:

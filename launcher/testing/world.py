@@ -15,7 +15,11 @@ __all__ = ["ContainerFacts", "World"]
 class ContainerFacts:
     """What a rendering says about the container, read back by the platform's own rules.
 
-    job: the content of job.json, inline or from Plan.files. env: variables of the container. gpus: on one node.
+    job: the content of job.json, inline or from Plan.files. env: variables of the container. gpus, cpus, memory,
+    shm, disk: of one node, in bytes where they have a unit. timeout_s: the platform's own limit. secrets: variables
+    or mounts that the platform fills from its own secrets.
+    None: the platform has no words for it. Then the runner does it (`timeout_s`, `grace_s`), or the values travel
+    beside the text (`secrets`), or nobody does, and `Backend.ignored` or `Backend.features` says so.
     """
 
     argv: Sequence[str]
@@ -23,6 +27,14 @@ class ContainerFacts:
     job: Mapping[str, Any]
     gpus: int
     nodes: int
+    image: str | None
+    cpus: float | None
+    memory: int | None
+    shm: int | None
+    disk: int | None
+    grace_s: float | None
+    timeout_s: float | None
+    secrets: frozenset[str] | None
 
 
 class World(Protocol):

@@ -1,15 +1,25 @@
 """Brings a run home: `<output>/<run_id>/` of any store into a folder of one layout, again and again while it runs.
 
 What comes: checkpoints/, model/, output/, nodes/ and started.json, as contract.py names them. What doesn't: input/,
-control/, owner, heartbeat. Append-only files that exist only as `segments/<path>/seg-000123` are joined into `<path>`
-as far as they are contiguous from 0; once the object `<path>` is there, it is the file.
+control/, owner, heartbeat.
 
-`.cvlaunch-sync.json` in the folder remembers what each file was fetched from. Nothing local is ever deleted.
+How an append-only file (metrics, logs) stands in an object store: as the object `<path>`, or as segments
+`segments/<path>/seg-<start>`, or both. All are pieces of one sequence of bytes that only grows:
+
+* `<path>` holds its first W bytes. It appears when an attempt ends, and is replaced by a longer one when a later ends.
+* `seg-<start>` holds the bytes from `start` on, in twelve digits; the next segment starts where it ends. A name is
+  never used for other bytes. When `<path>` has come to hold them, its attempt deletes the segments.
+* An attempt that resumes takes all that is there for the beginning of its own file, and its first segment starts
+  there: at W, or after the last segment of an attempt that died. It leaves `<path>` as it is.
+
+So the file is `<path>`, if there is one, and the segments that follow each other from its end, or from 0. A follower
+asks for the segment that starts where it is, and reads on in `<path>` when that is not there.
+
+`.cvlaunch-sync.json` in the folder remembers what each file was made of. Nothing local is ever deleted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import json
 import os
@@ -18,7 +28,7 @@ import shutil
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,13 +47,13 @@ from launcher.stores import (
     require_room,
 )
 
-__all__ = ["Cursor", "SyncReport", "read_appended", "sync_run", "unpack_tar"]
+__all__ = ["Cursor", "SyncReport", "read_appended", "segment_path", "sync_run", "unpack_tar"]
 
 FOLDERS = (*OUTPUT_FOLDERS, "nodes")
 STATE = ".cvlaunch-sync.json"
 _THREADS = 8
 _SAVE_EVERY_S = 2.0
-_SEGMENT = re.compile(r"seg-([0-9]{6})")
+_SEGMENT = re.compile(r"seg-([0-9]{12})")
 
 
 @dataclass(frozen=True)
@@ -58,31 +68,46 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a follower has read one file.
+    """How far a follower has read one file: `offset` bytes.
 
-    offset: bytes it was given. segment: number of the next one, and `covered` the bytes of those before it, which may
-    be fewer than `offset` after reading in the whole file.
+    segment: where the segment starts that it reads next. It may start before `offset`, so that a follower can stop
+    inside: `dataclasses.replace(earlier_cursor, offset=…)`.
     """
 
     offset: int = 0
     segment: int = 0
-    covered: int = 0
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """A local file made of the first `count` segments."""
+class _File:
+    """A file of the run. parts: by their start, the segments that follow each other from the end of `whole`, or 0."""
 
-    count: int
+    path: str
+    whole: Entry | None
+    parts: Mapping[int, Entry]
+
+    @property
+    def start(self) -> int:
+        return self.whole.size if self.whole else 0
+
+    @property
+    def size(self) -> int:
+        return self.start + sum(part.size for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Have:
+    """What a local file is made of: the object of this version (empty: none), then segments up to `size` bytes."""
+
+    version: str
     size: int
 
 
 @dataclass
 class _State:
-    """What the local files were fetched from; thread-safe as each key has one writer."""
+    """What the local files are made of, by path; thread-safe as each key has one writer."""
 
-    files: dict[str, str] = field(default_factory=dict)
-    joined: dict[str, _Joined] = field(default_factory=dict)
+    files: dict[str, _Have] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, uri: str) -> _State:
@@ -91,28 +116,27 @@ class _State:
             raw = json.loads(path.read_bytes())
             if raw["uri"] != uri:
                 return cls()
-            files = {name: str(version) for name, version in raw["files"].items()}
-            return cls(files, {name: _Joined(int(c), int(s)) for name, (c, s) in raw["joined"].items()})
+            return cls({name: _Have(str(version), int(size)) for name, (version, size) in raw["files"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
 
     def save(self, path: Path, uri: str) -> None:
-        joined = {name: (j.count, j.size) for name, j in dict(self.joined).items()}
-        write_json(path, {"version": 1, "uri": uri, "files": dict(self.files), "joined": joined})
+        files = {name: (have.version, have.size) for name, have in dict(self.files).items()}
+        write_json(path, {"version": 1, "uri": uri, "files": files})
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One file to bring: an object, or the segments from `parts[0]` on, of which `have` are in the local file."""
+    """What one file lacks. whole: to be fetched anew; then, or else to what is `have` already, `parts` are appended."""
 
     path: str
-    entry: Entry | None = None
-    parts: tuple[Entry, ...] = ()
-    have: _Joined = _Joined(0, 0)
+    whole: Entry | None
+    parts: tuple[Entry, ...]
+    have: _Have
 
     @property
     def size(self) -> int:
-        return self.entry.size if self.entry else sum(part.size for part in self.parts)
+        return (self.whole.size if self.whole else 0) + sum(part.size for part in self.parts)
 
 
 def sync_run(
@@ -133,16 +157,15 @@ def sync_run(
     dest.mkdir(parents=True, exist_ok=True)
     _remove_stale_parts(dest)
     state = _State.load(dest / STATE, store.uri)
-    objects, segments = _what_there_is(store, include, exclude)
-    tasks = [task for task in _tasks(objects, segments, state, dest) if task is not None]
+    files = _what_there_is(store, include, exclude)
+    tasks = [task for file in files if (task := _task(file, state, dest)) is not None]
     require_room(dest, sum(task.size for task in tasks), what=f"bringing home {store.uri}")
     try:
-        fetched = _run_tasks(store, dest, tasks, state, progress)
+        count, size = _run_tasks(store, dest, tasks, state, progress)
     finally:
         if tasks:
             state.save(dest / STATE, store.uri)
-    total = len(objects) + len(segments)
-    return SyncReport(len(fetched), sum(fetched), total - len(tasks), dest)
+    return SyncReport(count, size, len(files) - len(tasks), dest)
 
 
 def _refuse_itself(store: Store, dest: Path) -> None:
@@ -154,20 +177,16 @@ def _refuse_itself(store: Store, dest: Path) -> None:
 # -- what to bring ----------------------------------------------------------------------------------------------------
 
 
-def _what_there_is(
-    store: Store, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, Entry], dict[str, list[Entry]]]:
-    """(objects by path; contiguous segments by the path that they make, where no object of that path is)."""
+def _what_there_is(store: Store, include: Sequence[str], exclude: Sequence[str]) -> list[_File]:
     started = store.head(STARTED)
     entries = [*([started] if started else []), *(entry for folder in FOLDERS for entry in store.list(folder))]
-    objects = {entry.path: entry for entry in entries if _wanted(entry.path, include, exclude)}
-    segments = {
-        path: parts
-        for path, parts in _segments(store.list(SEGMENTS)).items()
-        if path not in objects and _in_layout(path) and _wanted(path, include, exclude)
-    }
-    _refuse_clashes(store.uri, objects.keys() | segments.keys())
-    return objects, segments
+    objects = {entry.path: entry for entry in entries}
+    segments = _segments(store.list(SEGMENTS))
+    paths = [p for p in {**objects, **segments} if _in_layout(p) and _wanted(p, include, exclude)]
+    found = [_file(path, objects.get(path), segments.get(path, {})) for path in paths]
+    files = [file for file in found if file.whole or file.parts]
+    _refuse_clashes(store.uri, (file.path for file in files))
+    return files
 
 
 def _in_layout(path: str) -> bool:
@@ -182,22 +201,23 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) or path.startswith(pattern.rstrip("/") + "/") for pattern in patterns)
 
 
-def _segments(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Those that follow each other from 0, by the path that they make."""
-    numbered: dict[str, dict[int, Entry]] = defaultdict(dict)
+def _segments(entries: Iterable[Entry]) -> dict[str, dict[int, Entry]]:
+    """By the path that they make and by their start."""
+    found: dict[str, dict[int, Entry]] = defaultdict(dict)
     for entry in entries:
         folder, _, name = entry.path.removeprefix(f"{SEGMENTS}/").rpartition("/")
         if folder and (match := _SEGMENT.fullmatch(name)):
-            numbered[folder][int(match[1])] = entry
-    joined = {path: list(_from_zero(parts)) for path, parts in numbered.items()}
-    return {path: parts for path, parts in joined.items() if parts}
+            found[folder][int(match[1])] = entry
+    return found
 
 
-def _from_zero(parts: Mapping[int, Entry]) -> Iterator[Entry]:
-    number = 0
-    while number in parts:
-        yield parts[number]
-        number += 1
+def _file(path: str, whole: Entry | None, segments: Mapping[int, Entry]) -> _File:
+    parts: dict[int, Entry] = {}
+    at = whole.size if whole else 0
+    while (part := segments.get(at)) and part.size:
+        parts[at] = part
+        at += part.size
+    return _File(path, whole, parts)
 
 
 def _refuse_clashes(uri: str, paths: Iterable[str]) -> None:
@@ -209,22 +229,16 @@ def _refuse_clashes(uri: str, paths: Iterable[str]) -> None:
                 raise IntegrityError(f"{uri} holds {str(parent)!r} and {path!r}; a folder can't hold both: remove one")
 
 
-def _tasks(
-    objects: Mapping[str, Entry], segments: Mapping[str, list[Entry]], state: _State, dest: Path
-) -> Iterator[_Task | None]:
-    for path, entry in objects.items():
-        if not _is_there(entry, state, dest):
-            yield _Task(path, entry)
-    for path, parts in segments.items():
-        have = state.joined.get(path, _Joined(0, 0))
-        if _local_size(dest / path) != have.size or have.count > len(parts):
-            have = _Joined(0, 0)
-        if have.count < len(parts):
-            yield _Task(path, None, tuple(parts[have.count :]), have)
-
-
-def _is_there(entry: Entry, state: _State, dest: Path) -> bool:
-    return state.files.get(entry.path) == _version(entry) and _local_size(dest / entry.path) == entry.size
+def _task(file: _File, state: _State, dest: Path) -> _Task | None:
+    """None if nothing is lacking. A listing made while segments were deleted may show less than we have."""
+    have, version = state.files.get(file.path), _version(file.whole) if file.whole else ""
+    if have and have.version == version and have.size == _local_size(dest / file.path):
+        if have.size >= file.size:
+            return None
+        if have.size in file.parts:
+            rest = tuple(part for start, part in file.parts.items() if start >= have.size)
+            return _Task(file.path, None, rest, have)
+    return _Task(file.path, file.whole, tuple(file.parts.values()), _Have(version, file.start))
 
 
 def _version(entry: Entry) -> str:
@@ -242,56 +256,57 @@ def _local_size(path: Path) -> int | None:
 # -- bringing it ------------------------------------------------------------------------------------------------------
 
 
-def _run_tasks(store: Store, dest: Path, tasks: Sequence[_Task], state: _State, progress: Progress | None) -> list[int]:
-    """The bytes of each file that came; the first error ends it, with nothing left running."""
-    total, fetched, saved = sum(task.size for task in tasks), list[int](), time.monotonic()
+def _run_tasks(
+    store: Store, dest: Path, tasks: Sequence[_Task], state: _State, progress: Progress | None
+) -> tuple[int, int]:
+    """How many files came, and their bytes; the first error ends it, with nothing left running."""
+    total, count, done, saved = sum(task.size for task in tasks), 0, 0, time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             for future in as_completed([pool.submit(_bring, store, dest, task, state) for task in tasks]):
                 size = future.result()
                 if size is not None:
-                    fetched.append(size)
+                    count, done = count + 1, done + size
                 if progress:
-                    progress(sum(fetched), total)
+                    progress(done, total)
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     state.save(dest / STATE, store.uri)
                     saved = time.monotonic()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return fetched
+    return count, done
 
 
 def _bring(store: Store, dest: Path, task: _Task, state: _State) -> int | None:
     """Bytes fetched; None if the run removed the file meanwhile (old checkpoints, segments that were joined)."""
-    to = path_inside(dest, task.path)
+    to, have, size = path_inside(dest, task.path), task.have, None
     with suppress(FileNotFoundError):
-        if task.entry is None:
-            return _join(store, task, to, state)
-        entry = store.download(task.path, to)
-        os.utime(to, (entry.modified, entry.modified))
-        state.files[task.path] = _version(entry)
-        state.joined.pop(task.path, None)
-        return entry.size
-    return None
+        if task.whole:
+            entry = store.download(task.path, to)
+            os.utime(to, (entry.modified, entry.modified))
+            state.files[task.path] = have = _Have(_version(entry), entry.size)
+            size = entry.size
+            if entry.size != task.whole.size:  # replaced since it was listed: the parts begin elsewhere
+                return size
+        if task.parts:
+            fetched = _append(store, task.parts, to, have.size)
+            state.files[task.path] = _Have(have.version, have.size + fetched)
+            size = (size or 0) + fetched
+    return size
 
 
-def _join(store: Store, task: _Task, to: Path, state: _State) -> int:
-    """Local beginning + new segments, by part file and rename."""
-    fetched = 0
-    with copy_into_place(to, task.have.size + task.size) as file:
-        if task.have.count:
+def _append(store: Store, parts: Sequence[Entry], to: Path, have: int) -> int:
+    """Local beginning of `have` bytes + new segments, by part file and rename; the new bytes."""
+    with copy_into_place(to, have + sum(part.size for part in parts)) as file:
+        if have:
             with to.open("rb") as beginning:
                 shutil.copyfileobj(beginning, file, 1 << 20)
-        for part in task.parts:
-            fetched += file.write(store.read(part.path))
-    state.files.pop(task.path, None)
-    state.joined[task.path] = _Joined(task.have.count + len(task.parts), task.have.size + fetched)
-    return fetched
+        return sum(file.write(store.read(part.path)) for part in parts)
 
 
 def _remove_stale_parts(dest: Path) -> None:
-    """Of processes that died: none of that number lives here, and a minute without a byte (it may live elsewhere)."""
+    """Ours, of processes that died: none of that number lives here, and a minute without a byte (it may elsewhere)."""
     for folder, _, names in os.walk(dest):
         for name in filter(is_part_file, names):
             part = Path(folder, name)
@@ -301,9 +316,10 @@ def _remove_stale_parts(dest: Path) -> None:
 
 
 def _lives(part_name: str) -> bool:
+    """Also true of what names no process: it isn't ours."""
     match = re.search(r"\.([0-9]+)(-[0-9a-f]+)?\.part$", part_name)
     if not match or os.name == "nt":  # where os.kill(pid, 0) is no question
-        return os.name == "nt"
+        return True
     try:
         os.kill(int(match[1]), 0)
     except (ProcessLookupError, OverflowError):
@@ -316,30 +332,41 @@ def _lives(part_name: str) -> bool:
 # -- following one file -----------------------------------------------------------------------------------------------
 
 
+def segment_path(path: str, start: int) -> str:
+    return f"{SEGMENTS}/{path}/seg-{start:012}"
+
+
 def read_appended(store: Store, path: str, *, since: Cursor = Cursor()) -> tuple[bytes, Cursor]:
     """The bytes that were appended to an append-only file since `since`, and where to go on next time.
 
-    Empty if there is nothing new, or no file yet. The last line may be unfinished. Where segments and the whole file
-    both exist they hold the same bytes; a follower goes on in the whole file when the next segment isn't there.
+    Empty if there is nothing new, or no file yet. The last line may be unfinished.
     """
     data, cursor = _read_segments(store, path, since)
-    if not data:
-        with suppress(FileNotFoundError):
-            data = store.read_range(path, cursor.offset)
-            cursor = dataclasses.replace(cursor, offset=cursor.offset + len(data))
+    with suppress(FileNotFoundError):
+        tail = store.read_range(path, cursor.offset)
+        rest, cursor = _read_segments(store, path, _after_whole(store, path, cursor, len(tail)))
+        data += tail + rest
     return data, cursor
 
 
+def _after_whole(store: Store, path: str, cursor: Cursor, read: int) -> Cursor:
+    """Where to go on when so many bytes came from the whole file; it may end before a cursor inside of a segment."""
+    end = cursor.offset + read
+    if read or cursor.segment >= end:
+        return Cursor(end, end)
+    whole = store.head(path)
+    return Cursor(end, whole.size) if whole and whole.size <= end else cursor
+
+
 def _read_segments(store: Store, path: str, since: Cursor) -> tuple[bytes, Cursor]:
-    """What the next segments add to `since.offset`: a segment that was read in the whole file isn't given again."""
-    blocks, number, covered = list[bytes](), since.segment, since.covered
+    """What the segments from `since.segment` on hold after `since.offset`."""
+    blocks, at = list[bytes](), since.segment
     with suppress(FileNotFoundError):
-        while True:
-            block = store.read(f"{SEGMENTS}/{path}/seg-{number:06}")
-            blocks.append(block[max(0, since.offset - covered) :])
-            number, covered = number + 1, covered + len(block)
+        while block := store.read(segment_path(path, at)):
+            blocks.append(block[max(0, since.offset - at) :])
+            at += len(block)
     data = b"".join(blocks)
-    return data, Cursor(since.offset + len(data), number, covered)
+    return data, Cursor(since.offset + len(data), at)
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------

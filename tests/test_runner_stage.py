@@ -205,7 +205,7 @@ time.sleep(60 if step < 2 else 0)
         running = world.start(job, env={"CVLAUNCH_ATTEMPT": str(attempt)}).printed("ready")
         if kill:  # the machine is gone; what has left so far has to do
             until((world.run / "checkpoints/2/complete.json").exists)
-            until((world.run / "segments/output/metrics.jsonl/seg-000001").exists)
+            until(lambda: list((world.run / "segments/output/metrics.jsonl").glob("seg-*")))
             running.process.kill()
             running.process.wait()
         elif attempt == 1:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.contract import METRICS, complete_checkpoint
-from launcher.errors import UnreachableError
+from launcher.errors import AuthError, IntegrityError, SpecError, UnreachableError
 from launcher.runner.pulse import Pulse, Rhythm
 from launcher.runner.stop import Reason, Stop
 from launcher.runner.upload import Pace, Uploader
 from launcher.stores import Entry, Store, open_store
-from launcher.sync import sync_run
+from launcher.sync import read_appended, sync_run
 from tests.runner_world import RunnerWorld, python, until
 from tests.s3_fixtures import Bucket
 
@@ -33,12 +34,12 @@ class Clock:
 
 
 class CountingStore:
-    """A folder that counts what is put into it, and on demand is away, or forgets it at once."""
+    """A folder that counts what is put into it, and on demand is away, forgets it at once, or doesn't say it came."""
 
     def __init__(self, folder: Path) -> None:
         self._store = open_store(str(folder))
         self.puts: list[str] = []
-        self.away = self.forget = False
+        self.away = self.forget = self.silent = False
 
     @property
     def uri(self) -> str:
@@ -64,6 +65,8 @@ class CountingStore:
     def write(self, path: str, data: bytes | Path, *, if_absent: bool = False) -> None:
         if not self.forget:
             self._ask().write(path, data, if_absent=if_absent)
+        if self.silent:
+            raise UnreachableError("the answer was lost")
         self.puts.append(path)
 
     def download(self, path: str, to: Path) -> Entry:
@@ -110,26 +113,51 @@ def test_segments_are_whole_lines_and_are_joined_at_the_end(ml: Path, store: Cou
     append(ml / METRICS, "one\ntwo\nthr")
     append(ml / "output/logs/attempt-1.node-0.log", "line\n")
     uploader.round()
-    assert store.read("segments/output/metrics.jsonl/seg-000000") == b"one\ntwo\n"
+    assert store.read("segments/output/metrics.jsonl/seg-000000000000") == b"one\ntwo\n"
     uploader.round()
     append(ml / METRICS, "ee\nfour")
     uploader.round()
-    assert store.read("segments/output/metrics.jsonl/seg-000001") == b"three\n"
+    assert store.read("segments/output/metrics.jsonl/seg-000000000008") == b"three\n"
     assert store.puts == [
-        "segments/output/logs/attempt-1.node-0.log/seg-000000",
-        "segments/output/metrics.jsonl/seg-000000",
-        "segments/output/metrics.jsonl/seg-000001",
+        "segments/output/logs/attempt-1.node-0.log/seg-000000000000",
+        "segments/output/metrics.jsonl/seg-000000000000",
+        "segments/output/metrics.jsonl/seg-000000000008",
     ]
     assert uploader.send_all()
     assert store.read(METRICS) == b"one\ntwo\nthree\nfour" and not list(store.list("segments"))
 
 
-def test_numbers_go_on_after_an_earlier_attempt(ml: Path, store: CountingStore) -> None:
+def test_segments_go_on_after_an_earlier_attempt(ml: Path, store: CountingStore) -> None:
     append(ml / METRICS, "one\n")
     Uploader(ml, store, ALL).round()
     append(ml / METRICS, "two\n")
     Uploader(ml, store, ALL, restored={METRICS: 4}).round()
-    assert store.read("segments/output/metrics.jsonl/seg-000001") == b"two\n"
+    assert store.read("segments/output/metrics.jsonl/seg-000000000004") == b"two\n"
+
+
+def test_segment_that_arrived_unnoticed_stays_as_it_is(ml: Path, store: CountingStore) -> None:
+    """A follower has it already, and goes on where it ends."""
+    uploader = Uploader(ml, store, ALL)
+    append(ml / METRICS, "one\n")
+    store.silent = True
+    uploader.guarded_round()
+    store.silent = False
+    data, cursor = read_appended(store, METRICS)
+    append(ml / METRICS, "two\n")
+    uploader.guarded_round()
+    assert (data, read_appended(store, METRICS, since=cursor)[0]) == (b"one\n", b"two\n")
+
+
+def test_file_that_somebody_cut_sends_no_segment_more(ml: Path, store: CountingStore) -> None:
+    uploader = Uploader(ml, store, ALL)
+    append(ml / METRICS, "one\ntwo\n")
+    uploader.round()
+    (ml / METRICS).write_text("new\n")
+    uploader.round()
+    append(ml / METRICS, "and\nlonger\n")
+    uploader.round()
+    assert len(store.puts) == 1 and uploader.send_all()
+    assert store.read(METRICS) == b"new\nand\nlonger\n"
 
 
 def test_checkpoints_leave_complete_newest_first_and_old_ones_go(ml: Path, store: CountingStore) -> None:
@@ -186,7 +214,7 @@ def test_only_what_the_runner_moves(ml: Path, store: CountingStore) -> None:
     append(ml / METRICS, "one\n")
     uploader = Uploader(ml, store, ["output"], where="nodes/1/", pace=NOW)
     uploader.round()
-    assert store.puts == ["segments/nodes/1/output/metrics.jsonl/seg-000000"]
+    assert store.puts == ["segments/nodes/1/output/metrics.jsonl/seg-000000000000"]
     assert uploader.send_all() and store.puts[1:] == ["nodes/1/output/metrics.jsonl"]
 
 
@@ -216,7 +244,7 @@ def test_store_that_is_away_is_said_once(ml: Path, store: CountingStore) -> None
     store.away = False
     append(ml / METRICS, "two\n")
     uploader.guarded_round()
-    assert store.read("segments/output/metrics.jsonl/seg-000000") == b"one\ntwo\n" and len(said) == 2
+    assert read_appended(store, METRICS)[0] == b"one\ntwo\n" and len(said) == 2
 
 
 def test_upload_that_is_given_up_is_not_complete(ml: Path, store: CountingStore) -> None:
@@ -227,6 +255,102 @@ def test_upload_that_is_given_up_is_not_complete(ml: Path, store: CountingStore)
     uploader.finish()
     assert not uploader.done.wait(0.3)
     uploader.give_up()
+    assert uploader.done.wait(5) and not uploader.complete
+
+
+ODD_NAMES = {"backslash": b"a\\b.png", "control": b"a\x07.png", "not UTF-8": b"a\xff.png", "unreadable": b"a.png"}
+
+
+def odd_file(folder: Path, kind: str) -> None:
+    """unreadable: Linux lets nobody read that one, not even root."""
+    folder.mkdir()
+    path = os.fsencode(folder) + b"/" + ODD_NAMES[kind]
+    if kind == "unreadable":
+        Path(os.fsdecode(path)).symlink_to("/proc/sys/vm/compact_memory")
+    else:
+        os.close(os.open(path, os.O_CREAT))
+
+
+@pytest.mark.needs("linux")
+@pytest.mark.parametrize("kind", ODD_NAMES)
+def test_odd_file_holds_up_nothing(ml: Path, store: CountingStore, kind: str) -> None:
+    said: list[str] = []
+    (ml / "model/best.pt").write_text("x")
+    odd_file(ml / "output/odd", kind)
+    (ml / "output/z.txt").write_text("after it")
+    (ml / "checkpoints/²").mkdir()
+    checkpoint(ml, 3)
+    complete_checkpoint(ml / "checkpoints/²")
+    uploader = Uploader(ml, store, ALL, say=said.append, pace=NOW)
+    uploader.guarded_round()
+    uploader.guarded_round()
+    assert store.puts[-2:] == ["model/best.pt", "output/z.txt"] and len(said) == 1 and "not uploaded" in said[0]
+    append(ml / METRICS, "one\n")
+    uploader.start()
+    uploader.finish()
+    assert uploader.done.wait(5) and not uploader.complete and len(said) == 1
+    assert store.read(METRICS) == b"one\n"
+    shutil.rmtree(ml / "output/odd")
+    assert uploader.send_all(), "what is gone is not missing"
+
+
+def test_checkpoint_with_an_odd_file_holds_up_nothing(ml: Path, store: CountingStore) -> None:
+    checkpoint(ml, 1)
+    checkpoint(ml, 2)
+    (ml / "checkpoints/2/o\\dd").write_text("x")
+    complete_checkpoint(ml / "checkpoints/2")
+    uploader = Uploader(ml, store, ALL)
+    uploader.guarded_round()
+    assert {path.split("/")[1] for path in store.puts} == {"1"}, "no half of the other"
+    assert not uploader.send_all()
+
+
+class PickyStore(CountingStore):
+    """Fails for one path, whatever the reason."""
+
+    def __init__(self, folder: Path, path: str, error: Exception) -> None:
+        super().__init__(folder)
+        self.path, self.error, self.asked = path, error, 0
+
+    def write(self, path: str, data: bytes | Path, *, if_absent: bool = False) -> None:
+        if path == self.path:
+            self.asked += 1
+            raise self.error
+        super().write(path, data, if_absent=if_absent)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (UnreachableError("no answer"), True),
+        (RuntimeError("a bug of a library"), True),
+        (AuthError("expired"), True),
+        (SpecError("refused"), False),
+        (IntegrityError("no such path"), False),
+        (OSError("odd"), False),
+    ],
+)
+def test_one_file_that_is_refused(ml: Path, tmp_path: Path, error: Exception, again: bool) -> None:
+    """The others leave; it is asked for again where that can help, and no longer than patience lasts."""
+    store = PickyStore(tmp_path / "store", "model/a.pt", error)
+    for name in ("model/a.pt", "model/b.pt", "output/c.txt"):
+        (ml / name).write_text("x")
+    uploader = Uploader(ml, store, ALL)
+    uploader.start()
+    uploader.finish()
+    assert uploader.done.wait(1.5) is not again
+    assert store.puts == ["model/b.pt", "output/c.txt"]
+    uploader.give_up()
+    assert uploader.done.wait(5) and not uploader.complete and (store.asked > 1) is again
+
+
+def test_upload_that_breaks_ends(ml: Path, store: CountingStore) -> None:
+    """Nobody waits for a thread that is gone."""
+    uploader = Uploader(ml, store, ALL, say=sys.exit)
+    append(ml / METRICS, "one\n")
+    store.away = True
+    uploader.start()
+    uploader.finish()
     assert uploader.done.wait(5) and not uploader.complete
 
 
@@ -286,6 +410,7 @@ def test_run_with_a_root_of_its_own(tmp_path: Path) -> None:
         "output/metrics.jsonl",
         "output/result.json",
         "owner",
+        "owner-1",
         "started.json",
     }
 
@@ -308,7 +433,7 @@ def test_on_s3(tmp_path: Path, moto_bucket: Bucket) -> None:
     store = moto_bucket.store()
     twice = world.end(job, env={"CVLAUNCH_NATIVE_ID": "2"})
     assert twice.code == 0 and "submitted twice" in twice.output
-    until(lambda: store.head("segments/output/metrics.jsonl/seg-000000"))
+    until(lambda: store.head("segments/output/metrics.jsonl/seg-000000000000"))
     assert first.end().code == 0
     assert not list(store.list("segments"))
     results = tmp_path / "results"

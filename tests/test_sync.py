@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from launcher.errors import CapacityError, IntegrityError, SpecError
 from launcher.stores import Store, open_store
-from launcher.sync import Cursor, read_appended, sync_run, unpack_tar
+from launcher.sync import Cursor, read_appended, segment_path, sync_run, unpack_tar
 from tests.s3_fixtures import Bucket
 
 
@@ -124,39 +126,67 @@ def test_include_and_exclude(run: Store, tmp_path: Path) -> None:
     assert home(tmp_path / "b") == TREE
 
 
-def segment(path: str, number: int) -> str:
-    return f"segments/{path}/seg-{number:06}"
+def segments(path: str, start: int, *blocks: bytes) -> dict[str, bytes]:
+    """Segments that follow each other from `start` on."""
+    tree = {}
+    for block in blocks:
+        tree[segment_path(path, start)] = block
+        start += len(block)
+    return tree
 
 
 def test_segments_are_joined_as_far_as_they_follow(run: Store, tmp_path: Path) -> None:
     dest, path = tmp_path / "home", "output/metrics.jsonl"
-    fill(run, {segment(path, n): f"line {n}\n".encode() for n in (0, 1, 3)})
-    fill(
-        run,
-        {
-            "segments/nodes/1/logs/x/seg-000000": b"n1",
-            "segments/input/x/seg-000000": b"no",
-            segment("output/y", 1): b"",
-        },
-    )
+    lines = [f"line {n}\n".encode() for n in range(4)]
+    parts = segments(path, 0, *lines)
+    late = segment_path(path, 14)
+    fill(run, {name: block for name, block in parts.items() if name != late})
+    fill(run, segments("nodes/1/logs/x", 0, b"n1") | segments("input/x", 0, b"no") | segments("output/y", 1, b"z"))
     sync_run(run, dest)
     assert home(dest) == {path: b"line 0\nline 1\n", "nodes/1/logs/x": b"n1"}
 
-    run.write(segment(path, 2), b"line 2\n")
+    run.write(late, lines[2])
     new = Counter(run)
     sync_run(new, dest)
-    assert new.fetched == [segment(path, 2), segment(path, 3)]
-    assert home(dest)[path] == b"line 0\nline 1\nline 2\nline 3\n"
+    assert new.fetched == list(parts)[2:]
+    assert home(dest)[path] == b"".join(lines)
     assert sync_run(run, dest).files == 0
 
     (dest / path).write_bytes(b"damaged")
     sync_run(run, dest)
-    assert home(dest)[path] == b"line 0\nline 1\nline 2\nline 3\n"
+    assert home(dest)[path] == b"".join(lines)
 
     run.write(path, b"the whole file\n")  # wins, segments or not
     sync_run(run, dest)
     assert home(dest)[path] == b"the whole file\n"
-    run.delete(segment(path, n) for n in range(4))
+    run.delete(parts)
+    assert sync_run(run, dest).files == 0
+
+
+def test_segments_go_on_where_the_whole_file_ends(run: Store, tmp_path: Path) -> None:
+    """An attempt was preempted and joined its file; the next one adds to it."""
+    dest, path = tmp_path / "home", "output/metrics.jsonl"
+    fill(run, {path: b"one\n"} | segments(path, 4, b"two\n", b"three\n"))
+    sync_run(run, dest)
+    assert home(dest)[path] == b"one\ntwo\nthree\n"
+    fill(run, segments(path, 14, b"four\n"))
+    new = Counter(run)
+    sync_run(new, dest)
+    assert new.fetched == [segment_path(path, 14)] and home(dest)[path] == b"one\ntwo\nthree\nfour\n"
+    run.delete(segments(path, 14, b"four\n"))  # seen in the middle of a join: what came home stays
+    assert sync_run(run, dest).files == 0 and home(dest)[path].endswith(b"four\n")
+    run.write(path, b"one\ntwo\nthree\nfour\nfive")
+    sync_run(run, dest)
+    assert home(dest)[path] == b"one\ntwo\nthree\nfour\nfive"
+
+
+def test_file_that_is_joined_while_it_is_fetched(tmp_path: Path) -> None:
+    """The segments that were listed don't fit to the end of the longer file."""
+    run, dest, path = open_store(str(tmp_path / "run")), tmp_path / "home", "output/metrics.jsonl"
+    fill(run, {path: b"one\n"} | segments(path, 4, b"two\n"))
+    longer = Counter(run, before=lambda at: run.write(path, b"one\ntwo\nthree\n") if at == path else None)
+    sync_run(longer, dest)
+    assert home(dest)[path] == b"one\ntwo\nthree\n"
     assert sync_run(run, dest).files == 0
 
 
@@ -219,13 +249,14 @@ def test_parts_of_a_dead_process_are_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     old, young, living = (dest / "model" / f".a.{pid}-1a.part" for pid in (dead.pid, dead.pid + 10**6, os.getpid()))
+    mine = dest / "model" / ".mine.part"  # of another program
     (dest / "model").mkdir(parents=True)
-    for part in (old, young, living):
+    for part in (old, young, living, mine):
         part.write_text("half")
-    for part in (old, living):
+    for part in (old, living, mine):
         os.utime(part, (0, 0))
     sync_run(run, dest)
-    assert [part.exists() for part in (old, young, living)] == [False, True, True]
+    assert [part.exists() for part in (old, young, living, mine)] == [False, True, True, True]
 
 
 def test_the_state_of_another_run_is_not_believed(tmp_path: Path) -> None:
@@ -309,42 +340,56 @@ def test_a_growing_file_is_followed(tmp_path: Path) -> None:
 def test_segments_and_then_the_whole_file_are_followed(run: Store) -> None:
     path, cursor, got = "output/metrics.jsonl", Cursor(), b""
     blocks = [f"line {n}\n".encode() for n in range(12)]
-    for n, block in enumerate(blocks[:11]):
-        run.write(segment(path, n), block)
+    parts = segments(path, 0, *blocks[:11])
+    for n, (name, block) in enumerate(parts.items()):
+        run.write(name, block)
         if n in (0, 4, 5):
             data, cursor = follow(run, path, cursor)
             got += data
     run.write(path, b"".join(blocks))
-    run.delete(segment(path, n) for n in range(11))
+    run.delete(parts)
     data, cursor = follow(run, path, cursor)
     assert got + data == b"".join(blocks)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(st.sampled_from(["write", "join", "clean", "read", "restart"]), max_size=30))
-def test_no_order_of_events_repeats_or_loses_bytes(steps: list[str], tmp_path: Path) -> None:
-    """join: the whole file appears; clean: its segments go; restart: the next attempt drops it and writes segments."""
-    run = open_store(f"memory://{os.urandom(8).hex()}")
-    path, written, got, cursor = "output/log", b"", b"", Cursor()
-    number, joined, cleaned = 0, False, False
-    for step in [*steps, "read", "join", "read", "read"]:
-        if step == "write" and not joined:
-            run.write(segment(path, number), block := b"%d," % number)
-            written, number = written + block, number + 1
-        elif step == "join":
-            run.write(path, written)
-            joined = True
-        elif step == "clean" and joined:
-            run.delete(segment(path, n) for n in range(number))
-            cleaned = True
-        elif step == "restart" and joined and not cleaned:
-            run.delete([path])
-            joined = False
-        elif step == "read":
-            data, cursor = read_appended(run, path, since=cursor)
-            got += data
-            assert written.startswith(got)
-    assert got == written
+EVENTS = ["write", "join", "clean one", "clean", "die", "read", "stop inside", "sync"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=st.lists(st.sampled_from(EVENTS), max_size=40), pick=st.randoms(use_true_random=False))
+def test_no_order_of_events_repeats_or_loses_bytes(
+    events: list[str], pick: random.Random, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """join: the whole file appears; clean: segments that it holds go; die: the attempt ends, the next one goes on."""
+    run, dest = open_store(f"memory://{os.urandom(8).hex()}"), tmp_path_factory.mktemp("home")
+    path, sent, whole, names, got, cursor = "output/log", b"", 0, list[str](), b"", Cursor()
+    for event in [*events, "read", "join", "clean", "read", "sync"]:
+        if event == "write":
+            name, block = segment_path(path, len(sent)), b"%d " % len(sent) * pick.randint(1, 5)
+            run.write(name, block)
+            names, sent = [*names, name], sent + block
+        elif event == "join":
+            sent += b"torn"
+            run.write(path, sent)
+            whole = len(sent)
+        elif event.startswith("clean"):
+            old = [name for name in names if int(name[-12:]) < whole]
+            gone = old[:1] if event == "clean one" else old
+            run.delete(gone)
+            names = [name for name in names if name not in gone]
+        elif event == "die":
+            assert read_appended(run, path)[0] == sent, "what the next attempt begins with"
+        elif event == "sync":
+            sync_run(run, dest)
+            assert home(dest).get(path, b"") == sent
+        else:
+            data, after = read_appended(run, path, since=cursor)
+            assert got + data == sent
+            taken = pick.randint(0, len(data)) if event == "stop inside" else len(data)
+            got += data[:taken]
+            inside = dataclasses.replace(cursor, offset=cursor.offset + taken)
+            cursor = after if taken == len(data) else inside
+    assert got == sent
 
 
 # -- archives -------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from launcher.contract import (
     COMPLETE,
     MANIFEST,
     METRICS,
-    SEGMENTS,
     Channel,
     JobFile,
     Layout,
@@ -23,6 +22,7 @@ from launcher.contract import (
 from launcher.errors import IntegrityError, SpecError
 from launcher.quantities import format_size
 from launcher.stores import StorageOptions, Store, check_path, open_store, path_inside, path_of, require_room
+from launcher.sync import read_appended
 
 __all__ = ["check_room", "restore_checkpoint", "restore_metrics", "stage_channels"]
 
@@ -131,7 +131,9 @@ def restore_checkpoint(store: Store, layout: Layout, abort: threading.Event, say
     """
     if newest_checkpoint(layout.checkpoints) is not None:
         return None
-    steps = {parts[1] for e in store.list("checkpoints") if len(parts := e.path.split("/")) > 2 and parts[1].isdigit()}
+    steps = {
+        parts[1] for e in store.list("checkpoints") if len(parts := e.path.split("/")) > 2 and parts[1].isdecimal()
+    }
     for step in sorted(steps, key=int, reverse=True):
         if abort.is_set():
             return None
@@ -163,29 +165,10 @@ def _fetch_checkpoint(store: Store, step: str, checkpoints: Path, abort: threadi
 
 
 def restore_metrics(store: Store, layout: Layout) -> dict[str, int]:
-    """Path → bytes that the store has of it; the local file begins with them.
-
-    In the store they are segments afterwards: a reader takes a whole file for finished.
-    """
-    data = _reopened(store)
-    if not data:
-        return {}
+    """Path → bytes that the store has of it; the local file begins with them. The store stays as it is."""
+    data, _ = read_appended(store, METRICS)
     here = layout.metrics.read_bytes() if layout.metrics.exists() else b""
     if not here.startswith(data):
         layout.metrics.parent.mkdir(parents=True, exist_ok=True)
         layout.metrics.write_bytes(data)
-    return {METRICS: len(data)}
-
-
-def _reopened(store: Store) -> bytes:
-    """At every moment the whole file, or segments with the same bytes, is there."""
-    folder = f"{SEGMENTS}/{METRICS}"
-    segments = [entry.path for entry in store.list(folder)]
-    try:
-        whole = store.read(METRICS)
-    except FileNotFoundError:
-        return b"".join(store.read(path) for path in segments)
-    store.delete(segments)
-    store.write(f"{folder}/seg-000000", whole)
-    store.delete([METRICS])
-    return whole
+    return {METRICS: len(data)} if data else {}

@@ -1,23 +1,29 @@
 """What the runner moves to the output store: segments while it runs, whole files at the end.
 
-Append-only files (metrics, logs) leave as numbered segments of whole lines, `segments/<path>/seg-000000`; other files
+Append-only files (metrics, logs) leave as segments of whole lines (sync.py says how they are named); other files
 leave once when they are new and again at the end if they changed; a checkpoint leaves when it is complete, its
-`complete.json` last. A store that fails in mid-run is warned about once and tried again.
+`complete.json` last. A store that fails in mid-run is warned about once and tried again. A file that can't leave,
+whatever the store does, is warned about once and makes the upload incomplete; the others leave.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from launcher import contract
 from launcher.contract import COMPLETE, METRICS, SEGMENTS
-from launcher.stores import Store, is_part_file
+from launcher.errors import IntegrityError, SpecError
+from launcher.stores import Store, check_path, is_part_file
+from launcher.sync import read_appended, segment_path
 
 __all__ = ["Pace", "Uploader"]
 
@@ -25,6 +31,14 @@ _APPENDED = (METRICS, f"{contract.LOGS}/*.log")
 _LEFT_OUT = (contract.RESULT, "output/exit.json")
 """result.json is written when all else has left; exit.json is between the command and the runner."""
 _SEGMENT_SIZE = 8 << 20
+_OF_ONE_FILE = (IntegrityError, OSError, SpecError)
+"""Its name, its permissions, its length: no second try helps. All else is the store's."""
+_ODD_FILES_SAID = 10
+_FAILURES_IN_A_ROW = 3
+"""After so many the store is taken to be away."""
+
+_Step = tuple[str, Callable[[], None]]
+"""Path, relative to home, and what sends it."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,10 @@ class _Budget:
 
 @dataclass
 class _Appended:
-    """How far a growing file has left."""
+    """How far a growing file has left. end: of the segment that is being sent, which may have arrived unnoticed."""
 
     offset: int
-    number: int
+    end: int
 
 
 @dataclass
@@ -105,10 +119,10 @@ class Uploader:
         self._home, self._store, self._folders, self._where = home, store, folders, where
         self._quick, self._watched, self._say, self._clock = quick, watched, say, clock
         self._pace = pace or Pace()
-        self._restored = dict(restored or {})
         self._budget = _Budget(self._pace, clock)
-        self._sent = _Sent()
+        self._sent = _Sent(appended={path: _Appended(size, size) for path, size in (restored or {}).items()})
         self._failures = 0
+        self._odd: set[str] = set()
         self._ending, self._give_up, self.done = threading.Event(), threading.Event(), threading.Event()
         self.complete = False
         self.progress_at = clock()
@@ -132,8 +146,10 @@ class Uploader:
             if self._clock() - last >= self._interval():
                 self.guarded_round()
                 last = self._clock()
-        self.complete = self.send_all()
-        self.done.set()
+        try:
+            self.complete = self.send_all()
+        finally:
+            self.done.set()
 
     def _interval(self) -> float:
         if self._failures:
@@ -159,16 +175,34 @@ class Uploader:
         """Sends what is new. Raises what the store raises; what has left is not sent again."""
         self._send_checkpoints()
         for path in self._appended_files():
-            self._send_segments(path)
+            self._try(path, partial(self._send_segments, path))
         for path in self._whole_files():
             if path not in self._sent.files and self._settled(path) and self._may_put():
-                self._send_file(path)
+                self._try(path, partial(self._send_file, path))
+
+    def _try(self, path: str, send: Callable[[], None]) -> bool:
+        """False if this file can't be sent, which is said once. Raises what the store raises."""
+        try:
+            send()
+        except _OF_ONE_FILE as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(self._home / path):  # removed meanwhile
+                return True
+            self._say_odd(path, error)
+            return False
+        return True
+
+    def _say_odd(self, path: str, error: Exception) -> None:
+        if path not in self._odd and len(self._odd) < _ODD_FILES_SAID:
+            self._say(f"not uploaded, the others are: {error}")
+        self._odd.add(path)
 
     def _may_put(self) -> bool:
         return self._watched() or self._budget.afford()
 
-    def _put(self, path: str, data: bytes | Path) -> None:
-        self._put_as(self._where + path, data)
+    def _put(self, path: str, file: Path) -> None:
+        """OSError if the file can't be read, which stores tell in other ways."""
+        file.open("rb").close()
+        self._put_as(self._where + path, file)
 
     def _put_as(self, path: str, data: bytes | Path) -> None:
         self._store.write(path, data)
@@ -178,51 +212,34 @@ class Uploader:
 
     def _settled(self, path: str) -> bool:
         """Whether nobody has written to it for a moment: half a file is no use to anyone."""
+        facts = self._facts(path)
+        return facts is not None and time.time() - facts.st_mtime >= self._pace.settled_s
+
+    def _facts(self, path: str) -> os.stat_result | None:
         try:
-            return time.time() - (self._home / path).stat().st_mtime >= self._pace.settled_s
-        except FileNotFoundError:
-            return False
+            return (self._home / path).stat()
+        except OSError:
+            return None
 
     def _send_file(self, path: str) -> None:
-        try:
-            facts = (self._home / path).stat()
-            self._put(path, self._home / path)
-        except FileNotFoundError:  # removed meanwhile
-            return
+        facts = (self._home / path).stat()
+        self._put(path, self._home / path)
         self._sent.files[path] = (facts.st_size, facts.st_mtime_ns)
 
     def _changed(self, path: str) -> bool:
-        try:
-            facts = (self._home / path).stat()
-        except FileNotFoundError:
-            return False
-        return self._sent.files.get(path) != (facts.st_size, facts.st_mtime_ns)
+        facts = self._facts(path)
+        return facts is not None and self._sent.files.get(path) != (facts.st_size, facts.st_mtime_ns)
 
     def _send_segments(self, path: str) -> None:
-        state = self._appended_state(path)
+        state = self._sent.appended.setdefault(path, _Appended(0, 0))
         full = self._home / path
-        if full.stat().st_size < state.offset:  # somebody cut it; the whole file at the end is right
-            state.offset = full.stat().st_size
-        while self._may_put():
-            with full.open("rb") as file:
-                file.seek(state.offset)
-                data = file.read(_SEGMENT_SIZE)
-            lines = data[: data.rfind(b"\n") + 1] or (data if len(data) == _SEGMENT_SIZE else b"")
-            if not lines:
-                return
-            self._put_as(f"{self._segments(path)}/seg-{state.number:06}", lines)
-            state.offset += len(lines)
-            state.number += 1
-
-    def _segments(self, path: str) -> str:
-        return f"{SEGMENTS}/{self._where}{path}"
-
-    def _appended_state(self, path: str) -> _Appended:
-        """Numbers go on after those of earlier attempts."""
-        if path not in self._sent.appended:
-            numbers = [int(entry.path[-6:]) for entry in self._store.list(self._segments(path))]
-            self._sent.appended[path] = _Appended(self._restored.get(path, 0), max(numbers, default=-1) + 1)
-        return self._sent.appended[path]
+        if full.stat().st_size < state.offset:  # somebody cut it: no segment fits now; the whole file at the end will
+            state.offset = sys.maxsize
+            return
+        while self._may_put() and (block := _next_block(full, state)):
+            state.end = state.offset + len(block)
+            self._put_as(segment_path(self._where + path, state.offset), block)
+            state.offset = state.end
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -231,7 +248,7 @@ class Uploader:
         steps = self._complete_steps()
         for step in steps:
             if step not in self._sent.steps and self._may_put():
-                self._send_checkpoint(step)
+                self._try(f"checkpoints/{step}", partial(self._send_checkpoint, step))
         newest = max(self._sent.steps, key=int, default="")
         for step in self._sent.steps - set(steps) - {newest}:
             self._delete_checkpoint(step)
@@ -240,16 +257,17 @@ class Uploader:
         folder = self._home / "checkpoints"
         if "checkpoints" not in self._folders or not folder.is_dir():
             return []
-        steps = [p.name for p in folder.iterdir() if p.name.isdigit() and (p / COMPLETE).is_file()]
+        steps = [p.name for p in folder.iterdir() if p.name.isdecimal() and (p / COMPLETE).is_file()]
         return sorted(steps, key=int, reverse=True)
 
     def _send_checkpoint(self, step: str) -> None:
+        """All of it or, if the store can't hold one of its names, none."""
         folder = self._home / "checkpoints" / step
         try:
-            names = json.loads((folder / COMPLETE).read_text())["files"]
-            for name in [*sorted(names), COMPLETE]:
+            names = [check_path(name) for name in sorted(json.loads((folder / COMPLETE).read_text())["files"])]
+            for name in [*names, COMPLETE]:
                 self._put(f"checkpoints/{step}/{name}", folder / name)
-        except (FileNotFoundError, ValueError, KeyError):  # removed meanwhile, or damaged: it is no checkpoint
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # removed, or damaged
             return
         self._sent.steps.add(step)
 
@@ -285,56 +303,78 @@ class Uploader:
     # -- at the end ---------------------------------------------------------------------------------------------------
 
     def send_all(self) -> bool:
-        """Everything, newest checkpoint first; False if it had to be given up."""
-        return all(self._persist(step) for step in self._last_steps())
+        """Everything, newest checkpoint first; False if something could not leave, or it had to be given up."""
+        steps, whole, back_off = list(self._last_steps()), True, 1.0
+        while steps and not self._give_up.is_set():
+            left, sent = self._pass(steps)
+            whole = whole and sent
+            if left:
+                back_off = 1.0 if len(left) < len(steps) else min(2 * back_off, 30.0)
+                self._give_up.wait(back_off)
+            steps = left
+        return whole and not steps
 
-    def _last_steps(self) -> Iterator[Callable[[], None]]:
-        newest, *older = self._complete_steps() or [""]
-        if newest and newest not in self._sent.steps:
-            yield lambda: self._send_checkpoint(newest)
+    def _last_steps(self) -> Iterator[_Step]:
+        newest, *older = [step for step in self._complete_steps() if step not in self._sent.steps] or [""]
+        if newest:
+            yield f"checkpoints/{newest}", partial(self._send_checkpoint, newest)
         for path in self._appended_files():
-            yield lambda path=path: self._join(path)  # type: ignore[misc]
+            yield path, partial(self._join, path)
         for path in self._whole_files():
             if self._changed(path):
-                yield lambda path=path: self._send_file(path)  # type: ignore[misc]
+                yield path, partial(self._send_file, path)
         for step in older:
-            if step not in self._sent.steps:
-                yield lambda step=step: self._send_checkpoint(step)  # type: ignore[misc]
-        yield self._send_checkpoints
+            yield f"checkpoints/{step}", partial(self._send_checkpoint, step)
+        yield "checkpoints", self._send_checkpoints
         if "output" in self._folders:
-            yield self._join_earlier
+            yield contract.LOGS, self._join_earlier
 
-    def _persist(self, step: Callable[[], None]) -> bool:
-        """Tries until it works or is given up."""
-        back_off = 1.0
-        while not self._give_up.is_set():
+    def _pass(self, steps: Sequence[_Step]) -> tuple[list[_Step], bool]:
+        """(what the store did not take, whether all else has left). One bad apple doesn't hold up those after it."""
+        left: list[_Step] = []
+        whole, failures = True, 0
+        for number, (path, send) in enumerate(steps):
+            if failures == _FAILURES_IN_A_ROW or self._give_up.is_set():
+                return [*left, *steps[number:]], whole
             try:
-                step()
+                whole = self._try(path, send) and whole
+                failures = 0
             except Exception as error:  # as in guarded_round
-                if not self._failures:
-                    self._say(f"the output store fails, trying again: {error}")
-                self._failures += 1
-                self._give_up.wait(back_off)
-                back_off = min(2 * back_off, 30.0)
-            else:
-                return True
-        return False
+                self._say_failure(error)
+                left.append((path, send))
+                failures += 1
+        return left, whole
+
+    def _say_failure(self, error: Exception) -> None:
+        if not self._failures:
+            self._say(f"the output store fails, trying again: {error}")
+        self._failures += 1
 
     def _join(self, path: str) -> None:
         """The whole file, then away with its segments: a reader finds the one or the other."""
         self._put(path, self._home / path)
-        self._store.delete([entry.path for entry in self._store.list(self._segments(path))])
+        self._store.delete([entry.path for entry in self._store.list(f"{SEGMENTS}/{self._where}{path}")])
 
     def _join_earlier(self) -> None:
-        """Logs of attempts that died before they could."""
+        """Logs of attempts of this node that died before they could."""
         found: dict[str, list[str]] = {}
-        for entry in self._store.list(self._segments(contract.LOGS)):
+        for entry in self._store.list(f"{SEGMENTS}/{self._where}{contract.LOGS}"):
             path = entry.path.removeprefix(f"{SEGMENTS}/").rpartition("/")[0]
             found.setdefault(path, []).append(entry.path)
         for path, segments in found.items():
             if self._store.head(path) is None:
-                self._put_as(path, b"".join(self._store.read(segment) for segment in sorted(segments)))
+                self._put_as(path, read_appended(self._store, path)[0])
             self._store.delete(segments)
+
+
+def _next_block(file: Path, state: _Appended) -> bytes:
+    """Whole lines from `state.offset` on; what was tried before is tried again as it was, as readers may have it."""
+    again = state.end - state.offset
+    with file.open("rb") as opened:
+        opened.seek(state.offset)
+        data = opened.read(again or _SEGMENT_SIZE)
+    lines = data if again else data[: data.rfind(b"\n") + 1]
+    return lines or (data if len(data) == _SEGMENT_SIZE else b"")
 
 
 def _is_appended(path: str) -> bool:
@@ -342,4 +382,6 @@ def _is_appended(path: str) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    return path.is_file() and not path.name.endswith(".part") and not is_part_file(path.name)
+    if path.name.endswith(".part") or is_part_file(path.name):
+        return False
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where a folder can't be entered

@@ -20,7 +20,7 @@ from launcher.stores import join_uri, scheme
 
 __all__ = ["eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
 
-_PLACEHOLDER = "REPLACE-ME"
+PLACEHOLDER = "REPLACE-ME"
 
 
 def load_template(backend: type[Backend], folder: str | None = None) -> str:
@@ -120,10 +120,10 @@ def _placeholders(backend: Backend, template: str) -> Iterator[str]:
         if getattr(backend.target, key) is None:
             yield f"the key {key} of target {backend.target_name!r} ({stand_in})"
     for place, value in _texts(backend.target.model_dump(mode="json")):
-        if _PLACEHOLDER in value:
+        if PLACEHOLDER in value:
             yield f"the key {place} of target {backend.target_name!r} ({value})"
-    if _PLACEHOLDER in template:
-        yield f"{_PLACEHOLDER} in the template {backend.name}/{backend.template}"
+    if PLACEHOLDER in template:
+        yield f"{PLACEHOLDER} in the template {backend.name}/{backend.template}"
 
 
 def _texts(content: object, place: str = "") -> Iterator[tuple[str, str]]:

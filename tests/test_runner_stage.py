@@ -7,14 +7,17 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from launcher import manifest
-from launcher.contract import Channel, Code, complete_checkpoint
-from launcher.stores import file_uri, open_store
+from launcher.contract import METRICS, Channel, Code, complete_checkpoint
+from launcher.stores import Store, file_uri, open_store
+from launcher.sync import Cursor, read_appended, sync_run
 from tests.runner_world import RunnerWorld, python, until
+from tests.s3_fixtures import Bucket
 
 LIST = """
 train = ml.channel("train")
@@ -205,7 +208,7 @@ time.sleep(60 if step < 2 else 0)
         running = world.start(job, env={"CVLAUNCH_ATTEMPT": str(attempt)}).printed("ready")
         if kill:  # the machine is gone; what has left so far has to do
             until((world.run / "checkpoints/2/complete.json").exists)
-            until(lambda: list((world.run / "segments/output/metrics.jsonl").glob("seg-*")))
+            until(lambda sent=world.run / "segments/output/metrics.jsonl": list(sent.glob("seg-*")))
             running.process.kill()
             running.process.wait()
         elif attempt == 1:
@@ -216,3 +219,78 @@ time.sleep(60 if step < 2 else 0)
     assert steps == [1, 2, 3] and not list((world.run / "segments").rglob("seg-*"))
     assert "from step 1" in world.log(2)  # joined for the attempt that couldn't
     assert world.result["state"] == "SUCCEEDED" and world.result["attempt"] == 3
+
+
+class Follower:
+    """Reads a file all along, as `cvlaunch` does, and keeps what it was given."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self.got, self._store, self._path, self._cursor = b"", store, path, Cursor()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(0.05):
+            self.look()
+
+    def look(self) -> None:
+        data, self._cursor = read_appended(self._store, self._path, since=self._cursor)
+        self.got += data
+
+    def end(self) -> None:
+        self._end.set()
+        self._thread.join()
+        self.look()
+
+
+def test_resumed_run_is_followed_and_synced_byte_for_byte(tmp_path: Path, moto_bucket: Bucket) -> None:
+    """The first attempt is preempted in the middle of a line; the second begins on an empty machine."""
+    program = """
+def lines(*steps):
+    with ml.metrics.open("a") as file:
+        file.writelines(f"step {step}\\n" for step in steps)
+def stop(*_):
+    with ml.metrics.open("a") as file:
+        file.write("to")
+    checkpoint(5)
+    leave(75)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+if not (ml.checkpoints / "5").exists():
+    lines(0, 1, 2, 3, 4, 5)
+    time.sleep(60)
+with ml.metrics.open("a") as file:
+    file.write("rn\\n")
+lines(6, 7, 8, 9, 10)
+while not (ml.root / "go").exists():
+    time.sleep(0.05)
+lines(11, 12, 13, 14, 15)
+"""
+    first, last = ("".join(f"step {n}\n" for n in range(*span)).encode() for span in ((6,), (6, 16)))
+    store, dest = moto_bucket.store(), tmp_path / "home"
+    follower = Follower(store, METRICS)
+
+    def synced() -> bytes:
+        sync_run(store, dest)
+        return (dest / METRICS).read_bytes()
+
+    try:
+        for attempt in (1, 2):
+            world = RunnerWorld(tmp_path, in_place=False, output=f"{moto_bucket.uri}/runs", name=str(attempt))
+            job = world.job(python(program), storage=moto_bucket.server.options.to_mapping())
+            running = world.start(job, env={"CVLAUNCH_ATTEMPT": str(attempt), "CVLAUNCH_NATIVE_ID": "1"})
+            if attempt == 1:
+                until(lambda: follower.got == first)
+                assert synced() == first
+                assert running.signal().end().code == 75
+                assert synced() == first + b"to"
+            else:
+                until(lambda: follower.got.endswith(b"step 10\n"))
+                assert synced() == follower.got
+                (world.root / "go").touch()
+                assert running.end().code == 0
+    finally:
+        follower.end()
+    assert synced() == follower.got == store.read(METRICS) == first + b"torn\n" + last
+    assert not list(store.list("segments"))

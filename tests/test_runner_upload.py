@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -346,12 +345,19 @@ def test_one_file_that_is_refused(ml: Path, tmp_path: Path, error: Exception, ag
 
 def test_upload_that_breaks_ends(ml: Path, store: CountingStore) -> None:
     """Nobody waits for a thread that is gone."""
-    uploader = Uploader(ml, store, ALL, say=sys.exit)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise RuntimeError("a bug")
+
+    uploader = Uploader(ml, store, ALL, say=say)
     append(ml / METRICS, "one\n")
     store.away = True
     uploader.start()
     uploader.finish()
-    assert uploader.done.wait(5) and not uploader.complete
+    assert uploader.done.wait(5) and not uploader.complete and "a bug" in said[1]
 
 
 # -- the pulse --------------------------------------------------------------------------------------------------------

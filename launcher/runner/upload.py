@@ -148,6 +148,8 @@ class Uploader:
                 last = self._clock()
         try:
             self.complete = self.send_all()
+        except Exception as error:
+            self._say(f"the upload broke off: {error!r}")
         finally:
             self.done.set()
 

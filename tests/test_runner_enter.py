@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from launcher.contract import Channel
+from launcher.errors import SpecError
 from launcher.runner.claim import Owner, claim
-from launcher.stores import file_uri, open_store
-from tests.runner_world import RunnerWorld, python
+from launcher.stores import Store, file_uri, open_store
+from tests.runner_world import RUNNER, RunnerWorld, python
 
 NOBODY = 65534
 
@@ -23,8 +26,8 @@ def world(tmp_path: Path) -> RunnerWorld:
     return RunnerWorld(tmp_path)
 
 
-def owner(native_id: str = "a", attempt: int = 1) -> Owner:
-    return Owner("shapes-1", native_id, attempt, "host", 1, 0.0)
+def owner(native_id: str = "a", attempt: int = 1, digest: str = "0" * 64) -> Owner:
+    return Owner("shapes-1", digest, native_id, attempt, "host", 1, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -49,27 +52,83 @@ def test_claim(tmp_path: Path, first: Owner, second: Owner, counted: bool, attem
     assert kept["native_id"] == (second if found else first).native_id
 
 
-def test_claim_over_a_torn_owner(tmp_path: Path) -> None:
+def test_claim_over_a_torn_summary(tmp_path: Path) -> None:
     (tmp_path / "owner").write_text("{")
     assert claim(open_store(str(tmp_path)), owner(), counted=True) is not None
 
 
-def test_of_many_claims_one_wins(tmp_path: Path) -> None:
+def test_a_claim_that_nobody_can_read_is_somebody_s(tmp_path: Path) -> None:
+    """A folder without hard links shows it before all of it is written."""
+    (tmp_path / "owner-1").write_text("{")
+    assert claim(open_store(str(tmp_path)), owner("b"), counted=True) is None
+    assert claim(open_store(str(tmp_path)), owner("b", 2), counted=True) == owner("b", 2)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_another_job_s_folder_is_refused(tmp_path: Path, attempt: int) -> None:
     store = open_store(str(tmp_path))
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda i: claim(store, owner(f"job-{i}"), counted=True), range(64)))
-    assert sum(f is not None for f in found) == 1
+    claim(store, owner("a"), counted=True)
+    with pytest.raises(SpecError, match="belongs to another job of the same name"):
+        claim(store, owner("b", attempt, digest="1" * 64), counted=True)
+    assert json.loads((tmp_path / "owner").read_text())["native_id"] == "a"
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_of_many_claims_one_wins(tmp_path: Path, attempt: int) -> None:
+    """A second attempt, too: its claim is as much put if absent as the first."""
+    for round_ in range(10):
+        store = open_store(str(tmp_path / str(round_)))
+        claim(store, owner("before", attempt - 1), counted=True)
+        start = threading.Barrier(8)
+
+        def try_it(number: int, store: Store = store, start: threading.Barrier = start) -> Owner | None:
+            start.wait()
+            return claim(store, owner(f"job-{number}", attempt), counted=True)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [o for o in pool.map(try_it, range(8)) if o is not None]
+        assert len(found) == 1
+        assert json.loads(store.read("owner")) == json.loads(found[0].to_bytes())
 
 
 def test_run_submitted_twice_runs_once(world: RunnerWorld) -> None:
     job = world.job(python("with (ml.output / 'runs').open('a') as f: f.write('x')\nready(); time.sleep(60)"))
     first = world.start(job, env={"CVLAUNCH_NATIVE_ID": "1"}).printed("ready")
     before = world.read("started.json"), world.read("owner")
-    second = world.end(job, env={"CVLAUNCH_NATIVE_ID": "2"})
+    notice = world.folder / "notice.json"
+    second = world.end(job, env={"CVLAUNCH_NATIVE_ID": "2", "CVLAUNCH_NOTICE": str(notice)})
     assert second.code == 0 and "submitted twice" in second.output
+    told = json.loads(notice.read_text())
+    assert told["state"] == "ERROR" and told["reason"].startswith("another submission runs this run")
     assert (world.read("started.json"), world.read("owner")) == before
     assert world.read("output/runs") == "x" and not (world.run / "output/result.json").exists()
     first.signal().end()
+
+
+def test_run_of_another_job_is_bad_configuration(world: RunnerWorld) -> None:
+    assert world.end(world.job(python("print('ran')")), env={"CVLAUNCH_NATIVE_ID": "1"}).code == 0
+    before = world.read("output/result.json")
+    other = world.job(python("print('the other')"), job_digest="1" * 64)
+    ended = world.end(other, env={"CVLAUNCH_NATIVE_ID": "2"})
+    assert ended.code == 64 and "belongs to another job" in ended.output and "the other" not in ended.output
+    assert world.read("output/result.json") == before
+
+
+def test_secrets_by_standard_input(world: RunnerWorld, tmp_path: Path) -> None:
+    """Read once and gone: neither a file nor the runner's own environment has them."""
+    job = world.job(python("print('length', len(os.environ['TOKEN']), sys.stdin.read())"), secrets={"TOKEN": "env:X"})
+    job_file = tmp_path / "job.json"
+    job_file.write_bytes(job.to_bytes())
+    environ = {**os.environ, "CVLAUNCH_ROOT": str(world.root), "CVLAUNCH_JOB": str(job_file)}
+    value = "k\u2028ey" * 15_000  # more than a pipe holds, with a character that some take for the end of a line
+    ended = subprocess.run(
+        RUNNER,
+        env={**environ, "CVLAUNCH_SECRETS_FILE": "-"},
+        input=f"TOKEN={json.dumps(value, ensure_ascii=False)}\n".encode(),
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0 and f"length {len(value)}" in world.log()
 
 
 def test_platform_that_starts_the_same_job_again(world: RunnerWorld) -> None:

@@ -1,4 +1,7 @@
-"""Who runs this run: the file `owner`, put if absent, makes a doubled submission harmless."""
+"""Who runs this run. A claim, put if absent for each attempt, makes a doubled submission harmless.
+
+owner-1   owner-2   …   who has that attempt, never overwritten     owner   the newest of them, to be read
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.contract import OWNER, canonical_json
+from launcher.errors import SpecError
 from launcher.stores import Store
 
 __all__ = ["Owner", "claim", "owner_here"]
@@ -18,12 +23,16 @@ __all__ = ["Owner", "claim", "owner_here"]
 _NATIVE_IDS = ("CVLAUNCH_NATIVE_ID", "SLURM_JOB_ID", "CLOUD_ML_JOB_ID", "TRAINING_JOB_ARN")
 """The platform's own name of this job; the same when the platform starts it again."""
 
+_BEING_WRITTEN_S = 2.0
+"""A folder without hard links shows a claim before all of it is written."""
+
 
 @dataclass(frozen=True)
 class Owner:
     """time: Unix seconds."""
 
     run_id: str
+    job_digest: str
     native_id: str
     attempt: int
     host: str
@@ -34,38 +43,62 @@ class Owner:
         return canonical_json(asdict(self)) + b"\n"
 
 
-def owner_here(run_id: str, environ: Mapping[str, str], now: float) -> Owner:
+def owner_here(run_id: str, job_digest: str, environ: Mapping[str, str], *, now: float) -> Owner:
     native_id = next((environ[name] for name in _NATIVE_IDS if environ.get(name)), "")
     attempt = int(environ.get("CVLAUNCH_ATTEMPT") or 1)
-    return Owner(run_id, native_id, attempt, socket.gethostname(), os.getpid(), now)
+    return Owner(run_id, job_digest, native_id, attempt, socket.gethostname(), os.getpid(), now)
 
 
 def claim(store: Store, me: Owner, *, counted: bool) -> Owner | None:
-    """The owner that we now are, None if another submission runs this run.
+    """The owner that we now are, None if another submission runs this run. SpecError if it is another job's folder.
 
     counted: our attempt was given; otherwise a platform that starts the same job again gets the next number.
     """
-    with contextlib.suppress(FileExistsError):
-        store.write(OWNER, me.to_bytes(), if_absent=True)
-        return me
-    other = _read(store)
-    same_job = bool(me.native_id) and other.get("native_id") == me.native_id
-    earlier = _attempt(other) < me.attempt
-    if other and not same_job and not earlier:
+    newest = _read(store, OWNER)
+    _same_job(store, me, newest)
+    ours = _same_submission(me, newest)
+    if ours and not counted:
+        me = replace(me, attempt=_attempt(newest) + 1)
+    if not ours and _attempt(newest) > me.attempt:
         return None
-    if same_job and not counted:
-        me = replace(me, attempt=_attempt(other) + 1)
+    try:
+        store.write(f"{OWNER}-{me.attempt}", me.to_bytes(), if_absent=True)
+    except FileExistsError:
+        holder = _holder(store, me.attempt)
+        _same_job(store, me, holder)
+        if not _same_submission(me, holder):
+            return None
     store.write(OWNER, me.to_bytes())
     return me
 
 
-def _read(store: Store) -> Mapping[str, Any]:
-    """Empty if it can't be read: what nobody can read, nobody owns."""
-    try:
-        owner = json.loads(store.read(OWNER))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
+def _same_job(store: Store, me: Owner, other: Mapping[str, Any]) -> None:
+    digest = other.get("job_digest") or me.job_digest
+    if digest != me.job_digest:
+        raise SpecError(
+            f"{store.uri} belongs to another job of the same name (digest {str(digest)[:12]}, ours is "
+            f"{me.job_digest[:12]}); choose another --run-id, or remove that run"
+        )
+
+
+def _same_submission(me: Owner, other: Mapping[str, Any]) -> bool:
+    return bool(me.native_id) and other.get("native_id") == me.native_id
+
+
+def _holder(store: Store, attempt: int) -> Mapping[str, Any]:
+    """Empty if it can't be read: somebody's it is all the same."""
+    deadline = time.monotonic() + _BEING_WRITTEN_S
+    while not (holder := _read(store, f"{OWNER}-{attempt}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holder
+
+
+def _read(store: Store, path: str) -> Mapping[str, Any]:
+    """Empty if it is not there, or can't be read."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        owner = json.loads(store.read(path))
+        return owner if isinstance(owner, dict) else {}
+    return {}
 
 
 def _attempt(owner: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ _RANK_VARIABLES = (
 )  # fmt: skip
 """Left by whatever started the runner; a training framework would take them for a process group of its own."""
 
-_RUNNER_VARIABLES = ("CVLAUNCH_SECRETS_FILE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256")
+_RUNNER_VARIABLES = ("CVLAUNCH_SECRETS_FILE", "CVLAUNCH_NOTICE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256")
 
 _CACHES = {
     "TORCH_HOME": ".cache/torch",

@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from launcher import contract
 from launcher._version import __version__
-from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, STARTED, JobFile, Layout, canonical_json
+from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, STARTED, JobFile, Layout, canonical_json, write_json
 from launcher.errors import SpecError
 from launcher.runner.claim import Owner, claim, owner_here
 from launcher.runner.job import JobSource
@@ -39,10 +40,14 @@ class Place:
 
 
 class NothingToRun(Exception):  # noqa: N818 - no error
-    """Another submission runs this run, or it is cancelled."""
+    """Another submission runs this run (ERROR), or it is CANCELLED: the word for whoever started the runner.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    The exit code of a doubled submission is 0, so that no platform starts it again.
+    """
+
+    def __init__(self, state: str, message: str, *, exit_code: int) -> None:
         super().__init__(message)
+        self.state = state
         self.exit_code = exit_code
 
 
@@ -62,15 +67,24 @@ def find_place(source: JobSource, environ: Mapping[str, str], log: RunLog) -> Pl
 
 def enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
     """Who runs this run: us. NothingToRun if it is cancelled or another's. data: the bytes of job.json."""
-    me = _owner_here(place.job.run_id, environ)
+    try:
+        return _enter(place, data, environ)
+    except NothingToRun as reason:
+        _leave_notice(environ, reason)
+        raise
+
+
+def _enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
+    me = _owner_here(place.job, environ)
     facts = {"contract": contract.CONTRACT, "cvlaunch": __version__, "root": str(place.layout.root), **asdict(me)}
     with contextlib.suppress(FileExistsError):  # of an earlier attempt
         place.store.write(place.where + STARTED, canonical_json(facts) + b"\n", if_absent=True)
     if place.store.head(CANCEL) is not None:
-        raise NothingToRun(f"{me.run_id} is cancelled; nothing is started", EXIT_CANCELLED)
+        raise NothingToRun("CANCELLED", f"{me.run_id} is cancelled; nothing is started", exit_code=EXIT_CANCELLED)
     owner = claim(place.store, me, counted="CVLAUNCH_ATTEMPT" in environ) if place.first else me
     if owner is None:
-        raise NothingToRun(f"{me.run_id} was submitted twice and runs elsewhere; nothing is started", EXIT_DONE)
+        message = f"another submission runs this run: {me.run_id} was submitted twice; nothing is started"
+        raise NothingToRun("ERROR", message, exit_code=EXIT_DONE)
     if owner.attempt > place.job.max_attempts:
         raise SpecError(f"attempt {owner.attempt} is more than max_attempts, {place.job.max_attempts}")
     make_folders(place.layout)
@@ -80,8 +94,14 @@ def enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
     return owner
 
 
-def _owner_here(run_id: str, environ: Mapping[str, str]) -> Owner:
+def _leave_notice(environ: Mapping[str, str], reason: NothingToRun) -> None:
+    """For whoever asks for it by $CVLAUNCH_NOTICE: result.json, if there is one, is another submission's."""
+    if path := environ.get("CVLAUNCH_NOTICE"):
+        write_json(Path(path), {"state": reason.state, "reason": str(reason)})
+
+
+def _owner_here(job: JobFile, environ: Mapping[str, str]) -> Owner:
     try:
-        return owner_here(run_id, environ, time.time())
+        return owner_here(job.run_id, job.job_digest, environ, now=time.time())
     except ValueError as error:
         raise SpecError(f"CVLAUNCH_ATTEMPT is {environ['CVLAUNCH_ATTEMPT']!r}; expected a number") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,9 +17,12 @@ RESOLVERS: dict[str, Callable[[str], str]] = {}
 
 
 def read_secrets(names: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Variable → value for each variable → reference. SpecError names the first one that is missing, never a value."""
+    """Variable → value for each variable → reference. SpecError names the first one that is missing, never a value.
+
+    $CVLAUNCH_SECRETS_FILE: a file, or `-` for standard input, which has them once.
+    """
     path = environ.get("CVLAUNCH_SECRETS_FILE")
-    in_file = _read_file(Path(path)) if names and path else {}
+    in_file = _read_file(path) if names and path else {}
     return {name: _value(name, reference, {**environ, **in_file}) for name, reference in names.items()}
 
 
@@ -33,16 +37,19 @@ def _value(name: str, reference: str, known: Mapping[str, str]) -> str:
     raise SpecError(f"the secret {name} ({reference}) is neither in the environment nor in CVLAUNCH_SECRETS_FILE")
 
 
-def _read_file(path: Path) -> dict[str, str]:
+def _read_file(path: str) -> dict[str, str]:
     """NAME=JSON string, one a line. AuthError if others can read it."""
     try:
-        lines = require_private(path).read_text().splitlines()
+        data = sys.stdin.buffer.read() if path == "-" else require_private(Path(path)).read_bytes()
+        lines = data.decode().split("\n")
     except OSError as error:
         raise SpecError(f"{path} (CVLAUNCH_SECRETS_FILE): {error.strerror}") from error
+    except UnicodeDecodeError:  # `from error` would print the value
+        raise SpecError(f"{path} (CVLAUNCH_SECRETS_FILE) is not UTF-8") from None
     return dict(_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
+def _entry(path: str, number: int, line: str) -> tuple[str, str]:
     name, _, text = line.partition("=")
     try:
         value = json.loads(text)

@@ -179,9 +179,10 @@ def send_kill(pid: int) -> bool:
 def kill_descendants(pid: int) -> None:
     """SIGKILL to all below `pid`, again until none is left (new ones may be born meanwhile); reaps our own."""
     for _ in range(100):
-        if not send_kill(pid):
-            return
+        some = send_kill(pid)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        if not some:
+            return
         time.sleep(0.01)

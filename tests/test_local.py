@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets as random_source
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,11 @@ import pytest
 import yaml
 
 from launcher import Run, State, submit
-from launcher.errors import CapacityError, SpecError
+from launcher.errors import CapacityError, ConflictError, SpecError
 from launcher.ledger import Ledger
-from launcher.process import descendants
-from launcher.supervisor import SupervisorFolder
-from launcher.testing.conformance import STOPPABLE, job, ledger, run_job, text_of, until
+from launcher.process import ProcessId, descendants
+from launcher.supervisor import SupervisorFolder, start
+from launcher.testing.conformance import STOPPABLE, files_with, holders, job, ledger, run_job, text_of, until
 from tests.s3_fixtures import Bucket
 from tests.worlds.local import LocalWorld
 
@@ -52,10 +54,18 @@ def kill_all(run: Run, *, command: bool = True) -> None:
     assert record is not None
     assert record.runner is not None
     below = [p.pid for p in descendants(record.supervisor.pid) if command or p.pid == record.runner.pid]
-    for pid in (record.supervisor.pid, *below):
-        os.kill(pid, signal.SIGKILL)
-    while supervisor(run).locked() or record.runner.alive:
+    killed = [ProcessId.of(pid) for pid in (record.supervisor.pid, *below)]
+    for process in killed:
+        os.kill(process.pid, signal.SIGKILL)
+    while supervisor(run).locked() or any(process.alive for process in killed):
         time.sleep(0.02)
+
+
+def until_running(run: Run) -> None:
+    deadline = time.monotonic() + 60
+    while "sleeping" not in text_of(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_after_a_reboot_a_run_is_lost_and_can_go_on(run_job: Callable[..., Run], world: LocalWorld) -> None:
@@ -88,10 +98,22 @@ def test_a_run_on_another_machine_is_unknown_here(run_job: Callable[..., Run], w
     run = run_job(SLEEP)
     until(lambda: "sleeping" in text_of(run), world)
     original = (supervisor(run).path / "supervisor.json").read_text()
-    change_record(run, host="other-host")
+    change_record(run, host="other-host", boot="its-own-boot")
     status = run.status()
     assert (status.state, status.reason) == (State.UNKNOWN, "it runs on other-host; ask there")
     (supervisor(run).path / "supervisor.json").write_text(original)
+    change_record(run, space="pid:[1]")
+    assert run.status().native == "elsewhere", "a container of this machine, whose numbers are others"
+    (supervisor(run).path / "supervisor.json").write_text(original)
+
+
+def test_a_machine_with_a_new_name_is_this_one(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(SLEEP)
+    until(lambda: "sleeping" in text_of(run), world)
+    change_record(run, host="the-name-before")
+    assert run.status().state is State.RUNNING
+    kill_all(run)
+    assert run.status().state is State.LOST
 
 
 def test_a_runner_without_its_supervisor_is_followed_to_its_end(run_job: Callable[..., Run], world: LocalWorld) -> None:
@@ -115,7 +137,9 @@ def test_a_stopped_supervisor_stops_the_job_with_its_checkpoint(run_job: Callabl
     os.kill(record.supervisor.pid, signal.SIGTERM)
     status = run.wait(timeout=60)
     assert (status.state, status.exit_code) == (State.FAILED, 75)
-    assert run.resume().wait(timeout=60).state is State.SUCCEEDED
+    started = status.started
+    status = run.resume().wait(timeout=60)
+    assert (status.state, status.attempt, status.started) == (State.SUCCEEDED, 2, started)
     assert "starts from 1" in text_of(run)
 
 
@@ -182,7 +206,113 @@ def test_what_outlived_its_runner_is_known_and_can_be_ended(run_job: Callable[..
     assert run.status().native == "unsupervised"
     run.cancel()
     until(lambda: not Path(f"/proc/{line.split()[1]}").exists(), world)
+    assert run.status().state is State.CANCELLED
+
+
+def test_what_runs_without_any_record_is_no_lost_run(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job("import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)")
+    until(lambda: "pid" in text_of(run), world)
+    (line,) = [line for line in text_of(run).splitlines() if line.startswith("pid")]
+    kill_all(run, command=False)
+    (supervisor(run).path / "supervisor.json").unlink()
+    assert (run.status().state, run.status().native) == (State.RUNNING, "unsupervised")
+    run.cancel()
+    until(lambda: not Path(f"/proc/{line.split()[1]}").exists(), world)
     assert run.status().state is State.LOST
+
+
+def test_a_run_that_can_t_be_recorded_does_not_go_on(
+    run_job: Callable[..., Run], world: LocalWorld, tmp_path: Path
+) -> None:
+    """A folder in the way of the record stands for a full disk."""
+    (tmp_path / "world/local/promise-unrecorded/supervisor.json").mkdir(parents=True)
+    mark = tmp_path / "mark"
+    run = run_job(f"import time; time.sleep(4); open({str(mark)!r}, 'w')", run_id="promise-unrecorded")
+    status = run.wait(timeout=60)
+    assert (status.state, "its supervisor failed: " in status.reason) == (State.FAILED, True)
+    time.sleep(5)
+    assert not mark.exists()
+
+
+def test_a_runner_that_can_t_answer_is_killed_and_the_run_is_cancelled(
+    run_job: Callable[..., Run], world: LocalWorld
+) -> None:
+    run = run_job("import time; print('sleeping', flush=True); time.sleep(300)", resources={"grace": "1s"})
+    until(lambda: "sleeping" in text_of(run), world)
+    record = supervisor(run).record()
+    assert record is not None
+    assert record.runner is not None
+    os.kill(record.runner.pid, signal.SIGSTOP)
+    run.cancel()
+    status = run.wait(timeout=60)
+    assert (status.state, status.exit_code) == (State.CANCELLED, 137)
+
+
+def test_a_run_that_is_started_again_can_be_cancelled_at_any_moment(
+    run_job: Callable[..., Run], world: LocalWorld
+) -> None:
+    """The record is still that of the dead supervisor, while the new one has its lock."""
+    for delay in (0.0, 0.1, 0.2, 0.3):
+        run = run_job(SLEEP)
+        until(lambda run=run: "sleeping" in text_of(run), world)
+        kill_all(run)
+        assert run.status().state is State.LOST
+        again = run.resume()
+        time.sleep(delay)
+        again.cancel()
+        assert again.wait(timeout=60).state is State.CANCELLED
+
+
+def test_what_was_run_before_is_not_run_again_and_no_success(
+    job: Callable[..., Path], world: LocalWorld, ledger: Ledger
+) -> None:
+    path = job("print('hello')")
+    run = submit(path, target="world", run_id="promise-same", ledger=ledger)
+    assert run.wait(timeout=60).state is State.SUCCEEDED
+    run.remove()
+    with pytest.raises(ConflictError, match="promise-same was run here before"):
+        submit(path, target="world", run_id="promise-same", ledger=ledger)
+    assert State.SUCCEEDED not in {ledger.get(run_id).state for run_id in ledger.ids()}
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(
+    ("script", "state", "reason"),
+    [
+        (SLEEP, State.ERROR, "another submission runs this run"),
+        ("print('hello')", State.FAILED, "belongs to another job of the same name"),
+    ],
+)
+def test_the_same_run_id_from_elsewhere_is_no_success(
+    job: Callable[..., Path],
+    ledger: Ledger,
+    tmp_path: Path,
+    moto_bucket: Bucket,
+    far: bool,
+    script: str,
+    state: State,
+    reason: str,
+) -> None:
+    """Another ledger and another folder of records, but the same output."""
+    output = {"output": str(tmp_path / "output")}
+    if far:
+        storage = {"endpoint": moto_bucket.server.endpoint, "region": "us-east-1"}
+        output = {"output": f"{moto_bucket.uri}/runs", "storage": storage}
+
+    def send(script: str, name: str, ledger: Ledger) -> Run:
+        path = job(script)
+        target = {"backend": "local", "root": str(tmp_path / name), **output}
+        (path.parent / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": target}}))
+        return submit(path, target="world", run_id="promise-shared", ledger=ledger)
+
+    first = send(SLEEP, "first", ledger)
+    until_running(first)
+    second = send(script, "second", Ledger(tmp_path / "ledger-2", tmp_path / "cache-2"))
+    status = second.wait(timeout=60)
+    assert (status.state, reason in status.reason) == (state, True), status
+    first.cancel()
+    assert first.wait(timeout=60).state is State.CANCELLED
+    assert second.status().state is state
 
 
 def test_python_is_the_target_s(
@@ -286,3 +416,92 @@ def test_a_full_disk_keeps_the_exit_code(tmp_path: Path, ledger: Ledger) -> None
             Ledger(disk / "runs").create(run.record)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+POLL = """
+import sys
+from pathlib import Path
+from launcher.supervisor import SupervisorFolder
+folder = SupervisorFolder(Path(sys.argv[1]))
+print("polling", flush=True)
+while True:
+    folder.locked()
+"""
+
+
+def test_asking_whether_it_runs_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
+    folder = SupervisorFolder(tmp_path / "run")
+    plan = {"argv": ["true"], "env": {"CVLAUNCH_ROOT": str(tmp_path / "root")}, "cwd": "/", "job": {}}
+    text = json.dumps({**plan, "limits": {"gpus": 0, "attempts": 1, "grace_s": 1}})
+    assert start(folder, text, {})
+    pollers = [subprocess.Popen([sys.executable, "-c", POLL, folder.path], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for poller in pollers:
+            assert poller.stdout is not None
+            poller.stdout.readline()
+        for _ in range(10):
+            while (record := folder.record()) is None or not folder.exit() or record.supervisor.alive:
+                time.sleep(0.02)
+            assert not folder.locked(), "another one that asks is no supervisor"
+            assert start(folder, text, {}, again=True)
+    finally:
+        for poller in pollers:
+            poller.kill()
+            poller.communicate()
+
+
+def test_a_second_start_is_no_start(tmp_path: Path) -> None:
+    folder = SupervisorFolder(tmp_path / "run")
+    plan = {"argv": ["sleep", "60"], "env": {"CVLAUNCH_ROOT": str(tmp_path / "root")}, "cwd": "/", "job": {}}
+    text = json.dumps({**plan, "limits": {"gpus": 0, "attempts": 1, "grace_s": 1}})
+    assert start(folder, text, {})
+    for again in (False, True):
+        assert not start(folder, text, {}, again=again)
+        with pytest.raises(ConflictError, match="taken by another job"):
+            start(folder, text + " ", {}, again=again)
+    while (record := folder.record()) is None or record.runner is None:
+        time.sleep(0.02)
+    os.kill(record.supervisor.pid, signal.SIGTERM)
+    while folder.exit() is None:
+        time.sleep(0.02)
+    with pytest.raises(ConflictError, match="was run here before"):
+        start(folder, text, {})
+
+
+def test_a_supervisor_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match=r"the supervisor of run did not start: .*Error"):
+        start(SupervisorFolder(tmp_path / "run"), "no plan", {})
+
+
+def test_secrets_touch_no_disk_and_are_gone_with_their_processes(
+    run_job: Callable[..., Run], world: LocalWorld, tmp_path: Path, home: Path
+) -> None:
+    canary = f"canary-{random_source.token_hex(8)}"
+    token = tmp_path / "token"
+    token.write_text(canary)
+    token.chmod(0o600)
+    run = run_job(f"import os; print('length', len(os.environ['TOKEN'])); {SLEEP}", secrets={"TOKEN": f"file:{token}"})
+    until(lambda: f"length {len(canary)}" in text_of(run), world)
+    assert len(holders(canary)) == 1, "the command has it"
+    kill_all(run)
+    token.unlink()
+    assert holders(canary) == {}
+    assert files_with(canary, since=0.0, folders=[tmp_path, home]) == set()
+    assert run.status().state is State.LOST
+    token.write_text(canary)
+    token.chmod(0o600)
+    again = run.resume()
+    until(lambda: text_of(again).count(f"length {len(canary)}") == 2, world)
+
+
+def test_every_attempt_gets_the_secrets(run_job: Callable[..., Run], world: LocalWorld, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("canary" * 15_000)  # more than a pipe holds
+    token.chmod(0o600)
+    script = "print('secret of', len(__import__('os').environ['TOKEN']))\n" + textwrap.dedent(STOPPABLE)
+    run = run_job(script, secrets={"TOKEN": f"file:{token}"})
+    until(lambda: "starts from None" in text_of(run), world)
+    assert run.handle is not None
+    world.preempt(run.handle)
+    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert text_of(run).count("secret of 90000") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -29,15 +31,12 @@ from launcher.backends.base import (
     Transport,
 )
 from launcher.contract import (
-    CANCEL,
     EXIT_BAD_CONFIG,
     EXIT_CANCELLED,
     EXIT_PREEMPTED,
     OUTPUT_FOLDERS,
-    RESULT,
     JobFile,
     Layout,
-    read_json,
 )
 from launcher.logfiles import follow_logs
 from launcher.process import ProcessId, with_variable
@@ -54,8 +53,9 @@ _RESULT_STATES = {
     "CANCELLED": State.CANCELLED,
     "TIMED_OUT": State.TIMED_OUT,
     "PREEMPTED": State.FAILED,
+    "ERROR": State.ERROR,
 }
-"""The runner's word in result.json → ours. A preemption that nobody restarts is a failure."""
+"""The runner's word in result.json or in its notice → ours. A preemption that nobody restarts is a failure."""
 
 _CHANNELS = {"client": "path", "file": "path", "s3": "staged", "gs": "staged"}
 
@@ -66,6 +66,10 @@ _CODE_REASONS = {
     EXIT_BAD_CONFIG: "bad configuration",
     EXIT_PREEMPTED: "preempted with a checkpoint; nothing was left to restart it",
 }
+
+
+_NO_IMAGE = "a process is not a container: it runs in the target's python, without the image"
+_NO_LIMIT = "a process here has the whole machine, and no limit is set"
 
 
 class LocalTarget(BaseTarget):
@@ -106,12 +110,19 @@ class LocalBackend:
         Feature.MAX_WAIT: Support(True),
         Feature.SECRETS_CLIENT: Support(True),
         Feature.SECRETS_STORE: Support(False, "a process here reads no secret store; write env:NAME or file:PATH"),
-        Feature.CONTAINER: Support(
-            False, "a process is not a container: it runs in the target's python, without the image"
-        ),
+        Feature.CONTAINER: Support(False, _NO_IMAGE),
         Feature.FOLLOW_LOGS: Support(True),
         Feature.EXEC: Support(False, "the process runs here: use your own shell"),
     }
+    ignored: ClassVar[Mapping[str, str]] = {
+        "image": _NO_IMAGE,
+        "build": _NO_IMAGE,
+        "resources.gpu": "the GPUs of this machine are taken, whatever their model",
+        "resources.cpus": _NO_LIMIT,
+        "resources.memory": _NO_LIMIT,
+        "resources.disk": "the disk is the machine's; nothing is set aside",
+    }
+    placeholders: ClassVar[Mapping[str, str]] = {}
     transports: ClassVar[Mapping[str, Transport]] = {
         "file": Transport(_CHANNELS, dict.fromkeys(OUTPUT_FOLDERS, "in_place")),
         "s3": Transport(_CHANNELS, dict.fromkeys(OUTPUT_FOLDERS, "runner")),
@@ -163,8 +174,8 @@ class LocalBackend:
         start(self._folder(plan.run_id), plan.text, secrets, again=attempt > 1)
         return Handle(self.name, self.target_name, plan.run_id)
 
-    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str]) -> list[Handle]:
-        return [self.submit(plan, secrets) for plan in plans]
+    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str], *, attempt: int = 1) -> list[Handle]:
+        return [self.submit(plan, secrets, attempt=attempt) for plan in plans]
 
     def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
         """Exact: a submission holds the lock from before it starts the supervisor until the run has ended."""
@@ -181,13 +192,12 @@ class LocalBackend:
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """The runner's log; what it printed, where it ended before it could write one."""
         folder = self._folder(handle.native)
-        root = folder.environment().get("CVLAUNCH_ROOT")
-        if root is None:
+        if folder.root is None:
             return
-        ended = (lambda: _status(folder).state.terminal) if follow else None
+        ended = (lambda: _status(folder).state.terminal) if follow or _status(folder).state.terminal else None
         seen = False
         if not since.startswith(_PRINTED):
-            for line in follow_logs(open_store(root), ended=ended, since=since):
+            for line in follow_logs(open_store(str(folder.root)), ended=ended, since=since):
                 seen = True
                 yield line
         if not seen and (not since or since.startswith(_PRINTED)) and _status(folder).state.terminal:
@@ -195,16 +205,17 @@ class LocalBackend:
 
     def cancel(self, handle: Handle) -> None:
         folder = self._folder(handle.native)
-        record = folder.record()
-        if record is None or folder.exit():
+        if folder.exit() or not folder.path.is_dir():
             return
-        if record.supervisor.here and record.supervisor.alive:
-            os.kill(record.supervisor.pid, signal.SIGTERM)
-        elif record.runner and record.runner.here and record.runner.alive:
-            os.kill(record.runner.pid, signal.SIGTERM)
+        folder.cancel()
+        record = _record_once_started(folder)
+        if record and _runs_here(record.supervisor):
+            _signal(record.supervisor.pid, signal.SIGTERM)
+        elif record and record.runner and _runs_here(record.runner):
+            _signal(record.runner.pid, signal.SIGTERM)
         else:  # nobody is left to save anything
             for pid in _left_behind(folder):
-                os.kill(pid, signal.SIGKILL)
+                _signal(pid, signal.SIGKILL)
 
     def remove(self, handle: Handle) -> None:
         shutil.rmtree(self._folder(handle.native).path, ignore_errors=True)
@@ -217,21 +228,54 @@ class LocalBackend:
 
 
 def _status(folder: SupervisorFolder) -> Status:
-    record, end = folder.record(), folder.exit()
+    end = folder.exit()
+    if end is None:
+        if living := _living(folder):
+            return living
+        end = folder.exit()  # it may have come to its end meanwhile
+    record = folder.record()
     if end is not None:
         return _ended(record, end)
-    gone = record is None or (record.supervisor.here and not record.supervisor.alive)
-    if gone and folder.locked():  # a new supervisor has not written its record yet
-        return Status(State.STARTING, native="starting")
     if record is None:
         return Status(State.LOST, native="gone", reason=f"no trace of it in {folder.path}")
-    if not record.supervisor.here:
-        return Status(State.UNKNOWN, native="elsewhere", reason=f"it runs on {record.supervisor.host}; ask there")
-    if record.supervisor.alive:
-        return _running(folder, record, record.phase)
-    if (record.runner and record.runner.alive) or _left_behind(folder):
-        return _running(folder, record, "unsupervised")
     return _without_supervisor(folder, record)
+
+
+def _living(folder: SupervisorFolder) -> Status | None:
+    """None if none of its processes is left; UNKNOWN where that can't be seen from here."""
+    record = folder.record()
+    if record and not record.supervisor.here:
+        return Status(State.UNKNOWN, native="elsewhere", reason=f"it runs on {record.supervisor.host}; ask there")
+    if record and record.supervisor.alive:
+        return _running(folder, record, record.phase)
+    if folder.locked():  # a new supervisor has not written its record yet
+        return Status(State.STARTING, native="starting")
+    if (record and record.runner and record.runner.alive) or _left_behind(folder):
+        return _running(folder, record, "unsupervised")
+    return None
+
+
+def _runs_here(process: ProcessId) -> bool:
+    return process.here and process.alive
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+_START_S = 5.0
+"""How long a new supervisor has until its record says who it is."""
+
+
+def _record_once_started(folder: SupervisorFolder) -> Record | None:
+    deadline = time.monotonic() + _START_S
+    while True:
+        record = folder.record()
+        known = record is not None and (record.supervisor.alive or not record.supervisor.here)
+        if known or not folder.locked() or time.monotonic() > deadline:
+            return record
+        time.sleep(0.02)
 
 
 _PRINTED = "printed:"
@@ -240,16 +284,18 @@ _PRINTED = "printed:"
 
 def _printed(log: Path, since: str) -> Iterator[LogLine]:
     first = int(since.removeprefix(_PRINTED) or 0)
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     for number, text in enumerate(lines[first:], first + 1):
         yield LogLine(text, cursor=f"{_PRINTED}{number}")
 
 
-def _running(folder: SupervisorFolder, record: Record, native: str) -> Status:
+def _running(folder: SupervisorFolder, record: Record | None, native: str) -> Status:
     state = State.RESTARTING if native == "restarting" else State.RUNNING
-    root = Path(folder.environment().get("CVLAUNCH_ROOT", ""))
-    if (root / CANCEL).exists() or (native != "restarting" and Layout(root).stop.exists()):
+    stopped = native != "restarting" and folder.root is not None and Layout(folder.root).stop.exists()
+    if folder.cancelled or stopped:
         state = State.STOPPING
+    if record is None:
+        return Status(state, native)
     return Status(state, native, started=record.started, node=record.supervisor.host, attempt=record.attempt)
 
 
@@ -270,18 +316,19 @@ def _ended(record: Record | None, end: Mapping[str, object]) -> Status:
 
 def _without_supervisor(folder: SupervisorFolder, record: Record) -> Status:
     """The supervisor was killed. The runner may have gone on and left a result; without one, nobody knows."""
-    root = Path(folder.environment().get("CVLAUNCH_ROOT", ""))
-    result = read_json(root / RESULT) or {}
     lost = Status(State.LOST, "gone", started=record.started, node=record.supervisor.host, attempt=record.attempt)
-    if result.get("attempt") == record.attempt and result.get("state") in _RESULT_STATES:
+    account = folder.account(record.attempt, record.native_id) or {}
+    if account.get("state") in _RESULT_STATES:
         return dataclasses.replace(
             lost,
-            state=_RESULT_STATES[str(result["state"])],
+            state=_RESULT_STATES[str(account["state"])],
             native="unsupervised",
-            reason=str(result.get("reason") or ""),
-            exit_code=result.get("exit_code"),
-            ended=result.get("ended"),
+            reason=str(account.get("reason") or ""),
+            exit_code=account.get("exit_code"),
+            ended=account.get("ended"),
         )
+    if folder.cancelled:
+        return dataclasses.replace(lost, state=State.CANCELLED, reason="cancelled")
     restarted = record.supervisor.boot != ProcessId.of().boot
     reason = (
         "the machine was restarted" if restarted else f"its supervisor (process {record.supervisor.pid}) was killed"
@@ -291,8 +338,7 @@ def _without_supervisor(folder: SupervisorFolder, record: Record) -> Status:
 
 def _left_behind(folder: SupervisorFolder) -> list[int]:
     """Processes of the command that outlived the supervisor and the runner."""
-    root = folder.environment().get("CVLAUNCH_ROOT")
-    return with_variable("CVLAUNCH_ROOT", root) if root else []
+    return with_variable("CVLAUNCH_ROOT", str(folder.root)) if folder.root else []
 
 
 def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:

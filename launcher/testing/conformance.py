@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
+import secrets as random_source
+import stat
+import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from launcher import Run, State, contract, render, submit
+from launcher import Run, State, contract, paths, render, submit
 from launcher.backends import load_backend
 from launcher.backends.base import IGNORABLE, Feature, Handle
 from launcher.errors import ConflictError, UnsupportedError
@@ -23,6 +29,8 @@ from launcher.submission import backend_of, prepare
 from launcher.testing.world import World
 
 __all__ = [
+    "files_with",
+    "holders",
     "job",
     "ledger",
     "run_job",
@@ -76,10 +84,12 @@ def job(tmp_path: Path, world: World) -> Callable[..., Path]:
     def write(script: str, **keys: Any) -> Path:
         folder = tmp_path / "project"
         folder.mkdir(exist_ok=True)
-        (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": {**world.target}}}))
+        (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": {**world.target}}}), encoding="utf-8")
         path = folder / "job.yaml"
         command = [world.python(), "-u", "-c", textwrap.dedent(script)]
-        path.write_text(yaml.safe_dump({"name": "promise", "command": command, **keys}, allow_unicode=True))
+        path.write_text(
+            yaml.safe_dump({"name": "promise", "command": command, **keys}, allow_unicode=True), encoding="utf-8"
+        )
         return path
 
     return write
@@ -225,7 +235,7 @@ def test_results_come_home_in_one_layout(run_job: Callable[..., Run], world: Wor
     assert len((folder / contract.METRICS).read_text().splitlines()) == 3
     assert json.loads((folder / contract.RESULT).read_text())["state"] == "SUCCEEDED"
     assert json.loads((folder / contract.STARTED).read_text())["run_id"] == run.id
-    assert any("done" in path.read_text() for path in (folder / contract.LOGS).iterdir())
+    assert any("done" in path.read_text(encoding="utf-8") for path in (folder / contract.LOGS).iterdir())
 
 
 def test_a_failed_command_keeps_its_exit_code(run_job: Callable[..., Run], world: World) -> None:
@@ -379,21 +389,58 @@ def test_logs_can_be_resumed(run_job: Callable[..., Run], world: World) -> None:
         assert again == lines[seen + 1 :]
 
 
-def test_secrets_stay_secret(run_job: Callable[..., Run], world: World, ledger: Ledger, tmp_path: Path) -> None:
-    canary = "canary-5f1c9a-very-secret"
+def holders(value: str) -> dict[int, str]:
+    """Process → command line, of those that have `value` in their command line or environment, as far as we may see."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            argv = (folder / "cmdline").read_bytes()
+            if value.encode() in argv + (folder / "environ").read_bytes():
+                found[int(folder.name)] = argv.replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def files_with(value: str, *, since: float, folders: Iterable[Path]) -> set[Path]:
+    """Files below these folders that hold `value`, of those that have changed since (Unix seconds)."""
+    found = set()
+    for top, _, names in itertools.chain.from_iterable(os.walk(folder) for folder in set(folders)):
+        for path in (Path(top, name) for name in names):
+            with contextlib.suppress(OSError):
+                facts = path.lstat()
+                if stat.S_ISREG(facts.st_mode) and facts.st_mtime >= since and value.encode() in path.read_bytes():
+                    found.add(path)
+    return found
+
+
+def test_secrets_stay_secret(run_job: Callable[..., Run], world: World, tmp_path: Path) -> None:
+    """Nobody but the command has the value: no text, log, file or store, and no other process while it runs."""
+    canary = f"canary-{random_source.token_hex(8)}-very-secret"
+    since = time.time() - 1
     file = tmp_path / "token"
     file.write_text(canary)
     file.chmod(0o600)
     run = run_job(
-        "import os; print('length', len(os.environ['TOKEN'])); print('value', os.environ['TOKEN'])",
+        """
+        import os, time
+        print("length", len(os.environ["TOKEN"]))
+        print("value", os.environ["TOKEN"])
+        time.sleep(600)  # THE COMMAND
+        """,
         secrets={"TOKEN": f"file:{file}"},
+        resources={"grace": "5s"},
     )
-    assert end_of(run, world).state is State.SUCCEEDED
-    assert f"length {len(canary)}" in text_of(run)
+    until(lambda: f"length {len(canary)}" in text_of(run), world)
+    running = holders(canary)
+    assert [argv for argv in running.values() if canary in argv or "THE COMMAND" not in argv] == []
+    folders = [tmp_path, Path.home(), paths.data_folder(), paths.cache_folder(), Path(tempfile.gettempdir())]
+    assert files_with(canary, since=since, folders=folders) == {file}
+    run.cancel()
+    assert end_of(run, world).state is State.CANCELLED
+    assert "value" in text_of(run)
     assert canary not in text_of(run)
     assert canary not in run.record.plan["text"]
-    seen = [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
-    assert [path for path in seen if canary.encode() in path.read_bytes()] == []
+    assert holders(canary) == {}
+    assert files_with(canary, since=since, folders=folders) == {file}
 
 
 def test_remove_leaves_nothing(run_job: Callable[..., Run], world: World, ledger: Ledger) -> None:

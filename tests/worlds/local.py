@@ -34,7 +34,21 @@ class LocalWorld:
 
     def facts(self, text: str, files: Mapping[str, bytes | str]) -> ContainerFacts:
         plan = json.loads(text)
-        return ContainerFacts(plan["argv"], plan["env"], plan["job"], plan["limits"]["gpus"], plan["job"]["nodes"])
+        return ContainerFacts(
+            argv=plan["argv"],
+            env=plan["env"],
+            job=plan["job"],
+            gpus=plan["limits"]["gpus"],
+            nodes=1,
+            image=None,
+            cpus=None,
+            memory=None,
+            shm=plan["shm"],
+            disk=None,
+            grace_s=plan["limits"]["grace_s"],
+            timeout_s=None,
+            secrets=None,
+        )
 
     def sent(self, handle: Handle) -> str:
         return self._supervisor(handle).plan.read_text()
@@ -44,7 +58,8 @@ class LocalWorld:
         again = SupervisorFolder(self._folder / "again" / handle.native)
         again.path.mkdir(parents=True)
         again.plan.write_text(self.sent(handle))
-        subprocess.run([sys.executable, "-m", "launcher.supervisor", str(again.path)], check=True)
+        command = [sys.executable, "-m", "launcher.supervisor", str(again.path)]
+        subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
         while again.exit() is None:
             time.sleep(0.05)
 

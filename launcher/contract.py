@@ -225,15 +225,18 @@ class JobFile:
             found = raw.get("contract") if isinstance(raw, dict) else type(raw).__name__
             accepted = ", ".join(map(str, CONTRACTS_ACCEPTED))
             raise ValueError(f"contract version {found}, this runner takes {accepted}: rebuild the image")
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in raw.items() if k in known}
-        values["channels"] = tuple(Channel(**c) for c in values.get("channels") or ())
-        values["command"] = tuple(values["command"]) if values.get("command") else None
-        values["code"] = Code(**values["code"]) if values.get("code") else None
+        values = _known(cls, raw)
         try:
+            values["channels"] = tuple(Channel(**_known(Channel, c)) for c in values.get("channels") or ())
+            values["command"] = tuple(values["command"]) if values.get("command") else None
+            values["code"] = Code(**_known(Code, values["code"])) if values.get("code") else None
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"job.json: {error}") from error
+
+
+def _known(kind: type[JobFile | Channel | Code], raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: raw[field.name] for field in dataclasses.fields(kind) if field.name in raw}
 
 
 def canonical_json(value: object) -> bytes:

@@ -12,6 +12,7 @@ from launcher.contract import Layout
 from launcher.runner.result import End, Word, judge, read_exit_file, write_failure
 from launcher.runner.stop import Reason
 from tests.runner_world import RunnerWorld, python
+from tests.s3_fixtures import Bucket
 
 
 @pytest.fixture
@@ -144,3 +145,61 @@ def test_result_of_an_earlier_attempt_is_gone_while_the_next_runs(world: RunnerW
 def test_more_attempts_than_allowed(world: RunnerWorld) -> None:
     ended = world.end(world.job(python("print('ran')"), max_attempts=2), env={"CVLAUNCH_ATTEMPT": "3"})
     assert ended.code == 64 and "attempt 3 is more than max_attempts, 2" in ended.output
+
+
+# -- before there is an attempt ---------------------------------------------------------------------------------------
+
+
+def job_text(world: RunnerWorld, **changes: object) -> str:
+    raw = json.loads(world.job(("echo", "it ran")).to_bytes())
+    return json.dumps({**raw, **changes})
+
+
+NEWER = {"name": "a", "uri": "file:///", "access": "path", "since": "the next minor change"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"new": 1, "channels": [NEWER], "code": None}, 0, "it ran"),
+        ({"code": {"sha256": "0", "size": 1, "new": 1}}, 64, "code"),
+        ({"channels": [{"name": "a"}]}, 64, "missing 1 required positional argument: 'uri'"),
+        ({"channels": [5]}, 64, "not iterable"),
+        ({"channels": 5}, 64, "not iterable"),
+        ({"code": ["sha256"]}, 64, "must be integers"),
+        ({"contract": 9}, 64, "contract version 9"),
+    ],
+)
+def test_job_file(world: RunnerWorld, changes: dict[str, object], code: int, message: str) -> None:
+    ended = world.end(world.job(), env={"CVLAUNCH_JOB_JSON": job_text(world, **changes)})
+    assert ended.code == code and message in ended.output and "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff{}"])
+def test_job_file_that_is_none(world: RunnerWorld, text: str) -> None:
+    ended = world.end(world.job(), env={"CVLAUNCH_JOB_JSON": text})
+    assert ended.code == 64 and "$CVLAUNCH_JOB_JSON" in ended.output and "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize("place", ["{bucket}/no/job.json", "/no/job.json", "file:///no/job.json", "file://host/job"])
+def test_job_file_that_is_not_there(world: RunnerWorld, moto_bucket: Bucket, place: str) -> None:
+    """In a store, too."""
+    env = {**moto_bucket.server.environment, "CVLAUNCH_JOB": place.format(bucket=moto_bucket.uri)}
+    ended = world.end(world.job(), env={**env, "AWS_ENDPOINT_URL": moto_bucket.server.options.endpoint or ""})
+    assert ended.code == 64 and "job" in ended.output and "Traceback" not in ended.output
+
+
+def test_job_file_with_a_quoted_path(world: RunnerWorld) -> None:
+    path = world.folder / "my job.json"
+    path.write_text(job_text(world))
+    assert world.end(world.job(), env={"CVLAUNCH_JOB": path.as_uri()}).code == 0
+
+
+def test_error_before_the_attempt_leaves_failure(tmp_path: Path) -> None:
+    """A file in the way of a folder, on a machine that has the output folder already."""
+    world = RunnerWorld(tmp_path, in_place=False)
+    (world.root / "output").mkdir(parents=True)
+    (world.root / "checkpoints").touch()
+    ended = world.end(world.job(("true",)))
+    assert ended.code == 1 and "Traceback" in ended.output
+    assert (world.root / "output/failure").read_text().startswith("FileExistsError: ")

@@ -131,6 +131,27 @@ def test_stop_file_of_an_earlier_attempt_is_gone(world: RunnerWorld) -> None:
     world.start(job, env={"CVLAUNCH_ATTEMPT": "2"}).printed("ready").signal().end()
 
 
+@pytest.mark.parametrize(("cancel", "code"), [(False, 75), (True, 143)])
+def test_stop_that_can_not_be_written_still_stops_gently(world: RunnerWorld, cancel: bool, code: int) -> None:
+    """A file in place of the folder stands for a full disk."""
+    program = """
+def stop(*_):
+    checkpoint(2); leave(75); print("saved", flush=True); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+ml.stop.parent.rmdir()
+ml.stop.parent.touch()
+ready()
+time.sleep(60)
+"""
+    running = world.start(world.job(python(program))).printed("ready")
+    if cancel:
+        (world.run / "control").mkdir()
+        (world.run / "control/cancel").touch()
+    ended = running.signal().end()
+    assert ended.code == code and "saved" in ended.output and "control/stop could not be written" in ended.output
+    assert world.result["state"] == ("CANCELLED" if cancel else "PREEMPTED")
+
+
 def test_unused_channel_type_is_an_error(world: RunnerWorld) -> None:
     job = world.job(python("pass"), channels=(Channel("train", "s3://b/x", access="mounted"),))
     ended = world.end(job)

@@ -308,11 +308,15 @@ class Attempt:
         """The mark of a cancellation is looked for after TERM, as the store may be slow."""
         self._progress.phase = "stopping"
         self._log.say(f"stopping: {reason}; {format_duration(self._job.grace_s)} of grace")
-        write_json(self._place.layout.stop, {"reason": reason})
+        self._tell(reason)
         child.ask_to_stop()
         if self._cancelled() and self._stop.reason is not reason:
-            write_json(self._place.layout.stop, {"reason": self._stop.reason})
+            self._tell(Reason.CANCELLED)
         return child.finish(self._stop.left(_COMMAND_SHARE * self._job.grace_s))
+
+    def _tell(self, reason: Reason) -> None:
+        with self._as_room_allows("control/stop"):  # TERM says enough
+            write_json(self._place.layout.stop, {"reason": reason})
 
     def _cancelled(self) -> bool:
         """Looks for the mark, for a moment, and notes it."""

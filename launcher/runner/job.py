@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from launcher import contract
 from launcher.contract import JobFile
 from launcher.errors import IntegrityError, SpecError
-from launcher.stores import StorageOptions, open_store
+from launcher.stores import StorageOptions, open_store, path_of, scheme
 
 __all__ = ["JobSource", "command_of_arguments", "read_job"]
 
@@ -47,14 +48,14 @@ def read_job(environ: Mapping[str, str]) -> JobSource:
 
 def _read(environ: Mapping[str, str]) -> tuple[str, bytes]:
     if inline := environ.get("CVLAUNCH_JOB_JSON"):
-        return "$CVLAUNCH_JOB_JSON", inline.encode()
+        return "$CVLAUNCH_JOB_JSON", os.fsencode(inline)
     place = environ.get("CVLAUNCH_JOB") or str(
         Path(environ.get("CVLAUNCH_ROOT") or contract.DEFAULT_ROOT) / contract.JOB
     )
-    if "://" in place and not place.startswith("file://"):
+    try:
+        if scheme(place) == "file":
+            return place, path_of(place).read_bytes()
         folder, _, name = place.rpartition("/")
         return place, open_store(folder, StorageOptions()).read(name)
-    try:
-        return place, Path(place.removeprefix("file://")).read_bytes()
     except OSError as error:
         raise SpecError(f"{place}: {error.strerror}; set CVLAUNCH_JOB to a job.json (a path or a URI)") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -34,6 +36,7 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: 
         source = stop.during(lambda abort: read_job(environ))
         place = stop.during(lambda abort: find_place(source, environ, log))
         owner = stop.during(lambda abort: enter(place, source.data, environ))
+        attempt = Attempt(place, owner.attempt, override=override, environ=environ, stop=stop, log=log)
     except Stopped:
         return EXIT_CANCELLED if stop.reason is Reason.CANCELLED else EXIT_PREEMPTED
     except NothingToRun as reason:
@@ -43,7 +46,11 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: 
         log.say(str(error))
         _leave_failure(environ, str(error))
         return exit_code_of_error(error)
-    return Attempt(place, owner.attempt, override=override, environ=environ, stop=stop, log=log).run()
+    except Exception as error:  # a full disk, a bug
+        log.say(traceback.format_exc())
+        _leave_failure(environ, f"{type(error).__name__}: {error}")
+        return 1
+    return attempt.run()
 
 
 def _leave_failure(environ: Mapping[str, str], text: str) -> None:
@@ -51,4 +58,5 @@ def _leave_failure(environ: Mapping[str, str], text: str) -> None:
     layout = Layout.from_environment(environ)
     owned = (layout.root / OWNER).exists()
     if layout.output.is_dir() and os.access(layout.output, os.W_OK) and not owned:
-        write_failure(layout.failure, text, [])
+        with contextlib.suppress(OSError):
+            write_failure(layout.failure, text, [])

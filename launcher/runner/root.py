@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.contract import DEFAULT_ROOT, JobFile, Layout
 from launcher.errors import SpecError
+from launcher.stores import path_of
 
 __all__ = ["choose_root", "in_place", "make_folders", "scratch_folder", "writable"]
 
@@ -37,11 +38,8 @@ def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:
 def _in_place_root(job: JobFile, environ: Mapping[str, str]) -> Path:
     if environ.get("CVLAUNCH_ROOT"):
         return Path(environ["CVLAUNCH_ROOT"])
-    if job.output.startswith("file://"):
-        from urllib.parse import unquote, urlsplit
-
-        return Path(unquote(urlsplit(job.output).path)) / job.run_id
-    return Path(job.output) / job.run_id if job.output.startswith("/") else Path(DEFAULT_ROOT)
+    local = job.output.startswith(("file://", "/"))
+    return path_of(job.output) / job.run_id if local else Path(DEFAULT_ROOT)
 
 
 def writable(folder: Path) -> bool:

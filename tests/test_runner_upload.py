@@ -16,7 +16,7 @@ from launcher.runner.pulse import Pulse, Rhythm
 from launcher.runner.stop import Reason, Stop
 from launcher.runner.upload import Pace, Uploader
 from launcher.stores import Entry, Store, open_store
-from launcher.sync import read_appended, sync_run
+from launcher.sync import read_appended, segment_path, sync_run
 from tests.runner_world import RunnerWorld, python, until
 from tests.s3_fixtures import Bucket
 
@@ -215,6 +215,20 @@ def test_only_what_the_runner_moves(ml: Path, store: CountingStore) -> None:
     uploader.round()
     assert store.puts == ["segments/nodes/1/output/metrics.jsonl/seg-000000000000"]
     assert uploader.send_all() and store.puts[1:] == ["nodes/1/output/metrics.jsonl"]
+
+
+def test_node_joins_what_its_own_dead_attempts_left(ml: Path, store: CountingStore) -> None:
+    logs = "output/logs/attempt-1.node-{}.log"
+    mine, other = f"nodes/1/{logs.format(1)}", logs.format(0)
+    for path in (mine, other):
+        store.write(segment_path(path, 0), b"one\n")
+        store.write(segment_path(path, 4), b"two\n")
+    assert Uploader(ml, store, ["output"], where="nodes/1/").send_all()
+    assert store.read(mine) == b"one\ntwo\n" and [e.path for e in store.list()] == [
+        mine,
+        segment_path(other, 0),
+        segment_path(other, 4),
+    ]
 
 
 @pytest.mark.parametrize(("watched", "fewest", "most"), [(False, 2400, 3000), (True, 2880, 6000)])

@@ -296,5 +296,5 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The folder with the highest step that checks; damaged and unfinished ones are passed over."""
     if not checkpoints.is_dir():
         return None
-    steps = sorted((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+    steps = sorted((p for p in checkpoints.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name), reverse=True)
     return next((p for p in steps if check_checkpoint(p) is not None), None)

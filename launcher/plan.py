@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ PLACEHOLDER = "REPLACE-ME"
 
 
 def load_template(backend: type[Backend], folder: str | None = None) -> str:
-    """The template's text: from `folder/<backend>/` where it is there, else ours."""
+    """The template's text: from `folder/<backend>/` where it is there, else from the package that has the backend."""
     places = [Path(folder).expanduser()] if folder else []
-    for place in (*places, templates_folder()):
+    places.append(_own_templates(backend))
+    for place in places:
         path = place / backend.name / backend.template
         if path.is_file():
             return _read_text(path)
-    raise SpecError(f"no template {backend.name}/{backend.template} in {', '.join(map(str, places))} or the package")
+    raise SpecError(f"no template {backend.name}/{backend.template} in {', '.join(map(str, places))}")
+
+
+def _own_templates(backend: type[Backend]) -> Path:
+    """Ours, or a plug-in's: `templates` beside its module."""
+    beside = Path(sys.modules[backend.__module__].__file__ or "").parent / "templates"
+    return beside if (beside / backend.name).is_dir() else templates_folder()
 
 
 def _read_text(path: Path) -> str:
@@ -42,7 +50,7 @@ def _read_text(path: Path) -> str:
 
 def eject_templates(backend: type[Backend], to: Path) -> Path:
     """Copies our templates of one backend into `to/<backend>/`, to be changed there. Overwrites nothing."""
-    source, copy = templates_folder() / backend.name, to / backend.name
+    source, copy = _own_templates(backend) / backend.name, to / backend.name
     if copy.exists():
         raise SpecError(f"{copy} is there already; remove it, or edit it as it is")
     shutil.copytree(source, copy)

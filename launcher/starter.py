@@ -120,8 +120,7 @@ resources:
 # retries: 1  # restarts after a crash
 # tags: {{project: demo}}
 
-# The same file runs elsewhere: `cvlaunch targets` lists the places, and `cvlaunch render job.yaml --backend slurm`
-# shows what would be sent.
+# The same file goes to every place: `cvlaunch targets` lists them, `cvlaunch render job.yaml` shows what would be sent.
 # Your own program, instead of train:
 # command: [python, train.py, "${{CVLAUNCH_DATA_TRAIN}}"]
 # code: {{root: .}}

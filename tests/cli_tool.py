@@ -55,7 +55,7 @@ def write_loop(folder: Path, *, epochs: int = 2, pause: float = 0.0, code: int =
 
 
 def ledger_files(home: Path) -> list[str]:
-    return sorted(path.name for path in (home / "data/cvlaunch/runs").glob("*"))
+    return sorted(path.name for path in (home / "data/cvlaunch/runs").glob("*.json"))
 
 
 def user(home: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +13,7 @@ from pydantic import Field
 from launcher.backends.base import BaseTarget, Handle, Plan
 from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.errors import AuthError, CapacityError, UnreachableError
+from launcher.paths import templates_folder
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "unreachable": lambda: UnreachableError("the platform did not answer"),
@@ -48,4 +50,6 @@ def install(folder: Path) -> None:
     info = folder / "doubtful-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: doubtful\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[cvlaunch.backends]\ndoubtful = tests.doubtful:DoubtfulBackend\n")
+    (info / "entry_points.txt").write_text("[cvlaunch.backends]\ndoubtful = doubtful_plugin:DoubtfulBackend\n")
+    (folder / "doubtful_plugin.py").write_text(Path(__file__).read_text(encoding="utf-8"))
+    shutil.copytree(templates_folder() / "local", folder / "templates/doubtful")

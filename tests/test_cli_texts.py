@@ -16,7 +16,6 @@ from click.testing import CliRunner
 
 from launcher import plan
 from launcher.cli.app import SECTIONS, cli, main
-from launcher.cli.reference import reference
 from launcher.spec import JobSpec
 from tests.cli_tool import COMMAND, ledger_files
 
@@ -192,8 +191,10 @@ def test_data_is_checked_fingerprinted_and_pushed(call: Call, tmp_path: Path) ->
 
 
 def test_the_reference_page_is_current() -> None:
-    made = "python -m launcher.cli.reference > docs/cli.md"
-    assert (ROOT / "docs/cli.md").read_text() == reference(), f"run: {made}"
+    """In a process of its own, because click keeps the help option that a command was first shown with."""
+    made = subprocess.run([sys.executable, "-m", "launcher.cli.reference"], capture_output=True, text=True, check=True)
+    page = (ROOT / "docs/cli.md").read_text()
+    assert page == made.stdout, "run: python -m launcher.cli.reference > docs/cli.md"
 
 
 def test_the_schema_file_is_current(call: Call) -> None:

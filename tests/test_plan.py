@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends import names
 from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.errors import SpecError, UnsupportedError
 from launcher.ledger import Ledger
@@ -34,6 +35,10 @@ def test_golden_renderings_of_local(name: str, output: str, golden: Golden) -> N
     plan = make_plan(job, backend, f"{name}-0000000000", template=load_template(LocalBackend))
     assert make_plan(job, backend, f"{name}-0000000000", template=load_template(LocalBackend)) == plan
     golden.check(f"local/{name}-{output.partition(':')[0]}.json", plan.text)
+
+
+def test_every_backend_has_golden_renderings() -> None:
+    assert [name for name in names() if not (Path(__file__).parent / "golden" / name).is_dir()] == []
 
 
 def rendered(template: str, **keys: object) -> str:

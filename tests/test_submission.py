@@ -14,7 +14,6 @@ import yaml
 from launcher import Run, State, submit
 from launcher.errors import AuthError, CapacityError, CvlaunchError, SpecError, UnreachableError
 from launcher.ledger import Ledger
-from launcher.paths import templates_folder
 from launcher.process import ProcessId
 from launcher.run import refresh
 from launcher.supervisor import SupervisorFolder, start
@@ -132,9 +131,6 @@ def doubtful(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     def write(**keys: object) -> Path:
         target = {"backend": "doubtful", "output": str(project / "output"), "root": str(project / "local"), **keys}
         (project / "targets.yaml").write_text(yaml.safe_dump({"targets": {"desk": target}}))
-        (project / "templates/doubtful").mkdir(parents=True, exist_ok=True)
-        template = (templates_folder() / "local/process.json.j2").read_text()
-        (project / "templates/doubtful/process.json.j2").write_text(template)
         return project / "job.yaml"
 
     return write
@@ -145,7 +141,7 @@ def doubtful(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 def test_in_doubt_nothing_is_sent_again(
     doubtful: Callable[..., Path], project: Path, ledger: Ledger, error: str, arrives: bool
 ) -> None:
-    job = doubtful(error=error, arrives=arrives, templates="templates")
+    job = doubtful(error=error, arrives=arrives)
     with pytest.raises((UnreachableError, KeyboardInterrupt)):
         submit(job, target="desk", ledger=ledger)
     (run_id,) = ledger.ids()
@@ -163,7 +159,7 @@ def test_in_doubt_nothing_is_sent_again(
 
 @pytest.mark.parametrize("error", ["no room", "no identity"])
 def test_a_refusal_is_no_doubt(doubtful: Callable[..., Path], project: Path, ledger: Ledger, error: str) -> None:
-    job = doubtful(error=error, templates="templates")
+    job = doubtful(error=error)
     with pytest.raises((CapacityError, AuthError)) as refused:
         submit(job, target="desk", ledger=ledger)
     (record,) = ledger.all()
@@ -174,7 +170,7 @@ def test_a_refusal_is_no_doubt(doubtful: Callable[..., Path], project: Path, led
 def test_cancelled_in_doubt_it_does_not_run_when_it_appears(
     doubtful: Callable[..., Path], project: Path, ledger: Ledger
 ) -> None:
-    job = doubtful(error="unreachable", templates="templates")
+    job = doubtful(error="unreachable")
     with pytest.raises(UnreachableError):
         submit(job, target="desk", ledger=ledger)
     (run_id,) = ledger.ids()

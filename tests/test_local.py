@@ -19,7 +19,7 @@ import yaml
 from launcher import Run, State, submit
 from launcher.errors import CapacityError, ConflictError, SpecError
 from launcher.ledger import Ledger
-from launcher.process import ProcessId, descendants
+from launcher.process import ProcessId, descendants, with_variable
 from launcher.supervisor import SupervisorFolder, start
 from launcher.testing.conformance import STOPPABLE, files_with, holders, job, ledger, run_job, text_of, until
 from tests.s3_fixtures import Bucket
@@ -226,12 +226,10 @@ def test_a_run_that_can_t_be_recorded_does_not_go_on(
 ) -> None:
     """A folder in the way of the record stands for a full disk."""
     (tmp_path / "world/local/promise-unrecorded/supervisor.json").mkdir(parents=True)
-    mark = tmp_path / "mark"
-    run = run_job(f"import time; time.sleep(4); open({str(mark)!r}, 'w')", run_id="promise-unrecorded")
+    run = run_job(SLEEP, run_id="promise-unrecorded")
     status = run.wait(timeout=60)
     assert (status.state, "its supervisor failed: " in status.reason) == (State.FAILED, True)
-    time.sleep(5)
-    assert not mark.exists()
+    assert with_variable("CVLAUNCH_ROOT", str(supervisor(run).root)) == []
 
 
 def test_a_runner_that_can_t_answer_is_killed_and_the_run_is_cancelled(

@@ -37,6 +37,13 @@ def test_golden_renderings_of_local(name: str, output: str, golden: Golden) -> N
     golden.check(f"local/{name}-{output.partition(':')[0]}.json", plan.text)
 
 
+def test_a_profile_of_this_machine_reaches_the_runner() -> None:
+    backend = local(storage={"profile": "lab"})
+    job = fixed_job("command", backend.target, "desk", "s3://bucket/runs")
+    plan = make_plan(job, backend, "echo-0000000000", template=load_template(LocalBackend))
+    assert json.loads(plan.text)["env"]["AWS_PROFILE"] == "lab"
+
+
 def test_every_backend_has_golden_renderings() -> None:
     assert [name for name in names() if not (Path(__file__).parent / "golden" / name).is_dir()] == []
 

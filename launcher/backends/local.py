@@ -139,13 +139,18 @@ class LocalBackend:
         return {
             "run_id": run_id,
             "argv": [self.target.python, "-m", "launcher.runner"],
-            "env": {"CVLAUNCH_ROOT": str(root), "PYTHONUNBUFFERED": "1"},
+            "env": {"CVLAUNCH_ROOT": str(root), "PYTHONUNBUFFERED": "1", **self._identity()},
             "cwd": "/",
             "gpus": job_file.gpus,
             "max_attempts": job_file.max_attempts,
             "grace_s": job_file.grace_s,
             "job": job_file.to_json(),
         }
+
+    def _identity(self) -> Mapping[str, str]:
+        """The profile of this machine, which job.json does not carry to others."""
+        profile = self.target.storage.profile
+        return {"AWS_PROFILE": profile} if profile else {}
 
     def check(self, job: Job) -> Iterator[Problem]:
         wanted, there = job.spec.resources.gpus, gpus.count()

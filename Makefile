@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
-PIP    := $(UV) pip install --quiet --python $(BIN)/python
+PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python
 PYTEST ?= -n 2
 
 .PHONY: demo test check test-wheel bench schema clean

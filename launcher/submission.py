@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import secrets as random_source
 import tempfile
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from launcher import manifest
 from launcher.backends import load_backend
 from launcher.backends.base import Backend, Job, Output, Plan
+from launcher.contract import HEARTBEAT
 from launcher.dataset import check_channel
 from launcher.errors import (
     AuthError,
@@ -240,12 +242,26 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
         raise SpecError(f"{seen.run_id} is {seen.state} and needs no resuming; `cvlaunch rerun` starts it afresh")
     backend = backend_of(seen)
     store = store_of(seen, backend)
+    if seen.state is State.ERROR and _heard_of(store):
+        raise SpecError(f"{seen.run_id} is run by another submission, which was heard of just now; see: {seen.output}")
     missing = [path for path in seen.plan["files"] if store.head(path) is None]
     if missing:
         raise SpecError(f"{seen.run_id} was cut off before {missing[0]} was stored; submit the job file again")
     values = client_secrets(JobSpec.model_validate(seen.job["spec"]), Path(seen.job["folder"]))
     mine = _take_over(seen, ledger)
     return _carry_out(_stored_plan(mine), mine, backend, values, ledger)
+
+
+def _heard_of(store: Store) -> bool:
+    """Whether some runner of this run is alive: heartbeats come every two minutes at least."""
+    try:
+        beat = json.loads(store.read(HEARTBEAT))
+    except (FileNotFoundError, ValueError):
+        return False
+    return beat.get("phase") != "ended" and time.time() - float(beat.get("time", 0)) < _HEARTBEAT_S
+
+
+_HEARTBEAT_S = 300.0
 
 
 def _take_over(seen: RunRecord, ledger: Ledger) -> RunRecord:

@@ -308,6 +308,9 @@ def test_the_same_run_id_from_elsewhere_is_no_success(
     second = send(script, "second", Ledger(tmp_path / "ledger-2", tmp_path / "cache-2"))
     status = second.wait(timeout=60)
     assert (status.state, reason in status.reason) == (state, True), status
+    if state is State.ERROR:
+        with pytest.raises(SpecError, match="is run by another submission"):
+            second.resume()
     first.cancel()
     assert first.wait(timeout=60).state is State.CANCELLED
     assert second.status().state is state

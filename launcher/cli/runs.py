@@ -87,7 +87,8 @@ def _refreshed(found: Sequence[RunSummary], ledger: Ledger, out: Out) -> list[Ru
 
     for name, why in refresh([run for run in found if run.run_id in open_ones], ledger=ledger):
         out.warn(f"target {name} could not be asked: {why}")
-    return [RunSummary.of(ledger.get(run.run_id)) if run.run_id in open_ones else run for run in found]
+    now = {run_id: RunSummary.of(ledger.get(run_id)) for run_id in open_ones if run_id in ledger}
+    return [now.get(run.run_id, run) for run in found if run.run_id not in open_ones or run.run_id in now]
 
 
 def _print_runs(found: Sequence[RunSummary], out: Out) -> None:

@@ -1,7 +1,7 @@
 """Brings a run home: `<output>/<run_id>/` of any store into a folder of one layout, again and again while it runs.
 
-What comes: checkpoints/, model/, output/, nodes/ and started.json, as contract.py names them. What doesn't: input/,
-control/, owner, heartbeat.
+What comes: checkpoints/, model/, output/, nodes/, started.json and job.json, as contract.py names them. What doesn't:
+other input, control/, owner, heartbeat.
 
 How an append-only file (metrics, logs) stands in an object store: as the object `<path>`, or as segments
 `segments/<path>/seg-<start>`, or both. All are pieces of one sequence of bytes that only grows:
@@ -34,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from launcher.contract import OUTPUT_FOLDERS, SEGMENTS, STARTED, write_json
+from launcher.contract import JOB, OUTPUT_FOLDERS, SEGMENTS, STARTED, write_json
 from launcher.errors import IntegrityError, SpecError
 from launcher.stores import (
     Entry,
@@ -50,6 +50,7 @@ from launcher.stores import (
 __all__ = ["Cursor", "SyncReport", "read_appended", "segment_path", "sync_run", "unpack_tar"]
 
 FOLDERS = (*OUTPUT_FOLDERS, "nodes")
+_FILES = (STARTED, JOB)
 STATE = ".cvlaunch-sync.json"
 _THREADS = 8
 _SAVE_EVERY_S = 2.0
@@ -178,9 +179,8 @@ def _refuse_itself(store: Store, dest: Path) -> None:
 
 
 def _what_there_is(store: Store, include: Sequence[str], exclude: Sequence[str]) -> list[_File]:
-    started = store.head(STARTED)
-    entries = [*([started] if started else []), *(entry for folder in FOLDERS for entry in store.list(folder))]
-    objects = {entry.path: entry for entry in entries}
+    single = [entry for path in _FILES if (entry := store.head(path)) is not None]
+    objects = {entry.path: entry for entry in (*single, *(e for folder in FOLDERS for e in store.list(folder)))}
     segments = _segments(store.list(SEGMENTS))
     paths = [p for p in {**objects, **segments} if _in_layout(p) and _wanted(p, include, exclude)]
     found = [_file(path, objects.get(path), segments.get(path, {})) for path in paths]
@@ -190,7 +190,7 @@ def _what_there_is(store: Store, include: Sequence[str], exclude: Sequence[str])
 
 
 def _in_layout(path: str) -> bool:
-    return path == STARTED or path.split("/", 1)[0] in FOLDERS
+    return path in _FILES or path.split("/", 1)[0] in FOLDERS
 
 
 def _wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -375,6 +375,7 @@ def test_an_object_store_takes_the_results(
     assert run.metrics().summary() == {"val/accuracy": 0.75}
     folder = run.sync(tmp_path / "home").path
     assert (folder / "model/model.bin").read_bytes() == b"weights"
+    assert json.loads((folder / "input/config/job.json").read_text())["run_id"] == run.id
     assert json.loads((folder / "output/result.json").read_text())["upload"] == "complete"
     assert not list(run.store().list("segments"))
     started = time.monotonic()

@@ -423,6 +423,7 @@ def test_run_with_a_root_of_its_own(tmp_path: Path) -> None:
     assert there == {
         "checkpoints/1/complete.json",
         "checkpoints/1/weights",
+        "input/config/job.json",
         "heartbeat",
         "model/best.pt",
         "output/environment.json",

@@ -41,12 +41,12 @@ TREE = {
     "model/weights.pt": b"w" * 5000,
     "checkpoints/10/complete.json": b"{}",
     "nodes/1/logs/rank-1.txt": b"line\n",
+    "input/config/job.json": b"{}",
 }
 NOT_HOME = {
     "owner": b"me",
     "heartbeat": b"1",
     "control/cancel": b"",
-    "input/config/job.json": b"{}",
     "input/data/train/a.png": b"png",
     "code/train.py": b"",
 }
@@ -121,7 +121,8 @@ def test_include_and_exclude(run: Store, tmp_path: Path) -> None:
     sync_run(run, tmp_path / "a", include=["model", "output/*.json"])
     assert sorted(home(tmp_path / "a")) == ["model/weights.pt", "output/result.json"]
     sync_run(run, tmp_path / "b", exclude=["checkpoints/", "*/rank-?.txt"])
-    assert sorted(home(tmp_path / "b")) == ["model/weights.pt", "output/result.json", "started.json"]
+    kept = ["input/config/job.json", "model/weights.pt", "output/result.json", "started.json"]
+    assert sorted(home(tmp_path / "b")) == kept
     sync_run(run, tmp_path / "b")
     assert home(tmp_path / "b") == TREE
 

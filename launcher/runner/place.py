@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import contract
 from launcher._version import __version__
-from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, STARTED, JobFile, Layout, canonical_json, write_json
+from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, JOB, STARTED, JobFile, Layout, canonical_json, write_json
 from launcher.errors import SpecError
 from launcher.runner.claim import Owner, claim, owner_here
 from launcher.runner.job import JobSource
@@ -88,10 +88,18 @@ def _enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
     if owner.attempt > place.job.max_attempts:
         raise SpecError(f"attempt {owner.attempt} is more than max_attempts, {place.job.max_attempts}")
     make_folders(place.layout)
+    _keep_job_file(place, data)
+    return owner
+
+
+def _keep_job_file(place: Place, data: bytes) -> None:
+    """Where the command reads it, and with the results."""
     if not place.layout.job.exists() or place.layout.job.read_bytes() != data:
         with copy_into_place(place.layout.job) as file:  # another node may be reading it
             file.write(data)
-    return owner
+    if place.first:
+        with contextlib.suppress(FileExistsError):  # in place, of an earlier attempt, or stored by the client
+            place.store.write(JOB, data, if_absent=True)
 
 
 def _leave_notice(environ: Mapping[str, str], reason: NothingToRun) -> None:

@@ -233,6 +233,7 @@ def test_results_come_home_in_one_layout(run_job: Callable[..., Run], world: Wor
     folder = run.sync(tmp_path / "home").path
     assert (folder / "model/model.bin").read_bytes() == b"weights"
     assert len((folder / contract.METRICS).read_text().splitlines()) == 3
+    assert contract.JobFile.from_bytes((folder / contract.JOB).read_bytes()).run_id == run.id
     assert json.loads((folder / contract.RESULT).read_text())["state"] == "SUCCEEDED"
     assert json.loads((folder / contract.STARTED).read_text())["run_id"] == run.id
     assert any("done" in path.read_text(encoding="utf-8") for path in (folder / contract.LOGS).iterdir())

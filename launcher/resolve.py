@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from launcher.spec import JobSpec
 from launcher.stores import file_uri, is_uri, join_uri, open_store, path_of, scheme
 from launcher.targets import Selected, Targets
 
-__all__ = ["resolve"]
+__all__ = ["digest_of", "resolve", "train_of"]
 
 _RUN_URI = "run://"
 _TARGET_PATH = "target:"
@@ -53,8 +53,6 @@ def resolve(
     channels = tuple(resolver.channel(name, place) for name, place in sorted(places.items()))
     code, archive = _code(spec, folder, scratch)
     image = Image(spec.image) if spec.image and selected.backend.rules.container else None
-    train = _train(spec)
-    resources = spec.resources
     return Job(
         spec=spec,
         target_name=selected.name,
@@ -64,26 +62,31 @@ def resolve(
         image=image,
         code=code,
         code_archive=archive,
-        train=train,
+        train=train_of(spec),
         command=spec.command,
-        digest=job_digest(
-            command=spec.command,
-            train=train,
-            env=spec.env,
-            secrets=spec.secrets,
-            channels=channels,
-            code=code,
-            image=image.config_digest if image else None,
-            nodes=resources.nodes,
-            gpus=resources.gpus,
-            processes=resources.processes_per_node,
-        ),
-        shm=shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm,
+        digest=digest_of(spec, channels=channels, code=code, image=image),
+        shm=_shm(spec),
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
         unpinned=tuple(_unpinned(spec, channels, image, code)),
         warnings=(*_ignored(spec, selected.backend), *resolver.warnings),
         version=__version__,
+    )
+
+
+def digest_of(spec: JobSpec, *, channels: Iterable[Channel], code: Code | None, image: Image | None) -> str:
+    """The job digest of a resolved job."""
+    return job_digest(
+        command=spec.command,
+        train=train_of(spec),
+        env=spec.env,
+        secrets=spec.secrets,
+        channels=channels,
+        code=code,
+        image=image.config_digest if image else None,
+        nodes=spec.resources.nodes,
+        gpus=spec.resources.gpus,
+        processes=spec.resources.processes_per_node,
     )
 
 
@@ -141,7 +144,7 @@ def _output(spec: JobSpec, selected: Selected, folder: Path) -> str:
     return file_uri((start / Path(written).expanduser()).absolute())
 
 
-def _train(spec: JobSpec) -> dict[str, Any] | None:
+def train_of(spec: JobSpec) -> dict[str, Any] | None:
     """With defaults filled in; where weights come from is a channel, so that it counts by content."""
     if spec.train is None:
         return None
@@ -157,6 +160,12 @@ def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str 
     archive = scratch / "code.tar.gz"
     root = folder / Path(spec.code.root).expanduser()
     return build_archive(root, archive, requirements=spec.code.requirements), str(archive)
+
+
+def _shm(spec: JobSpec) -> int | None:
+    """Bytes; auto is what the trainer's loaders need, None for a command that nobody knows."""
+    resources = spec.resources
+    return shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm
 
 
 def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.backends.base import BaseTarget, Image, Job
 from launcher.contract import Channel, Code
-from launcher.digest import job_digest
+from launcher.resolve import digest_of, train_of
 from launcher.spec import JobSpec
 
 _PRINT = "a" * 64
@@ -45,7 +45,6 @@ def fixed_job(name: str, target: BaseTarget, target_name: str, output: str) -> J
     spec = JobSpec.model_validate(SPECS[name])
     channels = tuple(Channel(c, uri, "staged", _PRINT, 100, 12345) for c, uri in sorted(spec.data.items()))
     code = Code(_OTHER, 2048, "req.lock") if spec.code else None
-    train = {**spec.train.model_dump(mode="json", exclude={"init"}), "init": None} if spec.train else None
     image = Image("registry/trainer", config_digest=_OTHER) if name == "detect" else None
     return Job(
         spec=spec,
@@ -56,20 +55,9 @@ def fixed_job(name: str, target: BaseTarget, target_name: str, output: str) -> J
         image=image,
         code=code,
         code_archive="code.tar.gz" if code else None,
-        train=train,
+        train=train_of(spec),
         command=spec.command,
-        digest=job_digest(
-            command=spec.command,
-            train=train,
-            env=spec.env,
-            secrets=spec.secrets,
-            channels=channels,
-            code=code,
-            image=image.config_digest if image else None,
-            nodes=spec.resources.nodes,
-            gpus=spec.resources.gpus,
-            processes=spec.resources.processes_per_node,
-        ),
+        digest=digest_of(spec, channels=channels, code=code, image=image),
         shm=None,
         disk=20 << 30,
         version="0.0.0",

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from launcher import contract
 from launcher._version import __version__
-from launcher.contract import CANCEL, EXIT_CANCELLED, EXIT_DONE, JOB, STARTED, JobFile, Layout, canonical_json, write_json
+from launcher.contract import (
+    CANCEL,
+    EXIT_CANCELLED,
+    EXIT_DONE,
+    JOB,
+    STARTED,
+    JobFile,
+    Layout,
+    canonical_json,
+    write_json,
+)
 from launcher.errors import SpecError
 from launcher.runner.claim import Owner, claim, owner_here
 from launcher.runner.job import JobSource

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def _unpinned(spec: JobSpec, channels: tuple[Channel, ...], image: Image | None,
 
 
 def _shown(uri: str) -> str:
-    return str(path_of(uri)) if scheme(uri) == "file" else uri
+    """As it is typed in a shell."""
+    return shlex.quote(str(path_of(uri)) if scheme(uri) == "file" else uri)
 
 
 def _key_of(spec: JobSpec, channel: str) -> str:
@@ -257,7 +259,7 @@ class _Resolver:
         if not self._sees_this_machine():
             raise SpecError(
                 f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
-                f"run: cvlaunch data push {path} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
+                f"run: cvlaunch data push {shlex.quote(str(path))} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
                 key=self._key(name),
             )
         return self._described(name, file_uri(path), "client")

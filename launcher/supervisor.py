@@ -35,6 +35,8 @@ from launcher.process import ProcessId, adopt_orphans, exit_code, kill_descendan
 
 __all__ = ["Record", "SupervisorFolder", "start"]
 
+_SIGNALLED = 128
+"""A process that signal n ended has the exit code 128 + n."""
 _KILL_AFTER_GRACE_S = 15.0
 """The runner keeps the grace itself; later than this it is stuck."""
 
@@ -346,7 +348,13 @@ class _Supervision:
             return {"state": account.get("state"), "reason": account.get("reason") or ""}
         if self._folder.cancelled:
             return {"state": "CANCELLED", "reason": "cancelled"}
-        return {"state": None, "reason": _last_line(self._folder.log) if code else ""}
+        return {"state": None, "reason": self._guess(code)}
+
+    def _guess(self, code: int) -> str:
+        """Without a word of the runner."""
+        if code > _SIGNALLED:
+            return f"the runner was killed by signal {code - _SIGNALLED} ({signal.strsignal(code - _SIGNALLED)})"
+        return _last_line(self._folder.log) if code else ""
 
 
 def _last_line(path: Path) -> str:

@@ -198,6 +198,18 @@ def test_a_python_that_can_t_train_is_refused(job: Callable[..., Path], world: L
     assert Ledger().ids() == []
 
 
+def test_a_killed_runner_is_called_that(run_job: Callable[..., Run], world: LocalWorld) -> None:
+    run = run_job(SLEEP)
+    until(lambda: "sleeping" in text_of(run), world)
+    record = supervisor(run).record()
+    assert record is not None
+    assert record.runner is not None
+    os.kill(record.runner.pid, signal.SIGKILL)
+    status = run.wait(timeout=60)
+    assert (status.state, status.exit_code) == (State.FAILED, 137)
+    assert status.reason == "the runner was killed by signal 9 (Killed)"
+
+
 def test_what_outlived_its_runner_is_known_and_can_be_ended(run_job: Callable[..., Run], world: LocalWorld) -> None:
     run = run_job("import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)")
     until(lambda: "pid" in text_of(run), world)

@@ -162,6 +162,12 @@ def test_nothing_is_pinned_without_manifests(project: Path) -> None:
     assert [text.split(":")[0] for text in job.unpinned] == ["data.train", "data.val", "image"]
 
 
+def test_a_command_to_copy_can_be_pasted(project: Path) -> None:
+    (project / "my data").mkdir()
+    job, _ = resolved(project, data={"train": "my data"})
+    assert job.unpinned[0].endswith(f"cvlaunch data fingerprint '{project}/my data'")
+
+
 def test_a_manifest_pins_and_content_counts_not_place(project: Path) -> None:
     for split in ("train", "val"):
         store = open_store(str(project / "data" / split))

@@ -342,10 +342,14 @@ def test_python_is_the_target_s(
 
 def test_two_ranks_keep_the_meaning_of_exit_codes(run_job: Callable[..., Run], world: LocalWorld) -> None:
     script = """
-        import json, os, pathlib, sys
-        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+        import json, os, pathlib, sys, time
+        print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], flush=True)
+        output = pathlib.Path(os.environ["CVLAUNCH_OUTPUT"])
+        (output / f"rank-{os.environ['RANK']}").touch()
+        while len(list(output.glob("rank-*"))) < 2:  # torchrun ends the others with the first
+            time.sleep(0.02)
         if os.environ["RANK"] == "0":
-            path = pathlib.Path(os.environ["CVLAUNCH_OUTPUT"]) / "exit.json"
+            path = output / "exit.json"
             path.with_suffix(".part").write_text(json.dumps({"code": 64, "reason": "a wrong key"}))
             path.with_suffix(".part").rename(path)
         sys.exit(64)

@@ -139,7 +139,9 @@ def test_two_ranks(world: RunnerWorld) -> None:
     """torchrun itself says 1 whatever its ranks say; the first one's exit.json is heard."""
     program = """
 rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-print(f"rank {rank} of {size}", sys.flags.dev_mode)
+print(f"rank {rank} of {size}", sys.flags.dev_mode, flush=True)
+(ml.output / f"rank-{rank}").touch()
+while len(list(ml.output.glob("rank-*"))) < 2: time.sleep(0.02)  # torchrun ends the others with the first
 if rank == "0": leave(64, "epochs is 0")
 sys.exit(64)
 """

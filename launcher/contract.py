@@ -186,6 +186,7 @@ class JobFile:
 
     movers: folder of `OUTPUT_FOLDERS` → `in_place` (root is the output), `runner` (uploads), `platform`.
     timeout_s bounds the running time of all attempts together; grace_s is the time between TERM and KILL.
+    image: `reference`, `digest` (of the manifest) and `config_digest`, as far as they are known; None for a process.
     """
 
     run_id: str
@@ -198,6 +199,7 @@ class JobFile:
     secrets: Mapping[str, str] = field(default_factory=dict)
     channels: tuple[Channel, ...] = ()
     code: Code | None = None
+    image: Mapping[str, str | None] | None = None
     nodes: int = 1
     gpus: int = 0
     processes: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -82,6 +83,7 @@ def job_file(backend: Backend, job: Job, run_id: str) -> JobFile:
         secrets=spec.secrets,
         channels=job.channels,
         code=job.code,
+        image=dataclasses.asdict(job.image) if job.image else None,
         nodes=resources.nodes,
         gpus=resources.gpus,
         processes=resources.processes_per_node,

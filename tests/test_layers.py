@@ -15,8 +15,8 @@ import launcher
 PACKAGE = Path(launcher.__file__).parent
 
 ROWS = [
-    "_version contract errors paths process quantities",
-    "digest gpus metrics secretfiles spec status yamlfile",
+    "_version contract errors paths process quantities rules",
+    "digest engine gpus metrics secretfiles spec status yamlfile",
     "credentials dataset jobfile shm",
     "stores",
     "backends.base manifest supervisor sync",

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from launcher.contract import Channel, Code, JobFile
 from launcher.errors import SpecError
+from launcher.rules import ContainerRules
 from launcher.spec import JobSpec, Model
 from launcher.status import Status
 from launcher.stores import StorageOptions, Store
@@ -22,7 +23,6 @@ __all__ = [
     "IGNORABLE",
     "Backend",
     "BaseTarget",
-    "ContainerRules",
     "Feature",
     "Handle",
     "Image",
@@ -84,7 +84,7 @@ class Feature(StrEnum):
 
     `resolve` refuses a job that asks for one that is missing: CONTAINER is asked for by `runner: none`, RESTART (the
     platform starts a job again after taking its machine away) by `spot`. Nothing in a job asks for FOLLOW_LOGS or
-    EXEC: they tell people what to expect.
+    EXEC: they tell people what to expect, and `cvlaunch exec` why not.
     """
 
     GPUS = "gpus"
@@ -121,25 +121,6 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class ContainerRules:
-    """What the platform does to a container; read by rehearsal and by the test worlds.
-
-    Sizes in bytes, times in seconds.
-
-    uid: None is the caller's, `random` a high one. shm: None is the host's. grace_s: None is what the job asks for.
-    """
-
-    uid: int | Literal["random"] | None = None
-    gid: int | None = None
-    root: str = "/opt/ml"
-    read_only_root: bool = False
-    shm: int | None = None
-    grace_s: float | None = None
-    network: bool = True
-    container: bool = True
-
-
-@dataclass(frozen=True)
 class Transport:
     """Who moves what: one writer for each folder.
 
@@ -153,7 +134,10 @@ class Transport:
 
 @dataclass(frozen=True)
 class Image:
-    """A container image. config_digest is the same before and after a push; None if unknown."""
+    """A container image. reference: what is sent, with the manifest's digest where it is known.
+
+    digest: the manifest's, `sha256:…`. config_digest: the same before and after a push. None: unknown.
+    """
 
     reference: str
     digest: str | None = None
@@ -212,6 +196,8 @@ class Plan:
     job_digest: str
     plan_sha: str
     outputs: tuple[Output, ...]
+    shm: str = ""
+    """A sentence: how much shared memory there will be, who sets it, and what follows if it is too little."""
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
@@ -319,6 +305,14 @@ class Backend(Protocol):
 
     def cancel(self, handle: Handle) -> None:
         """May be repeated, may be late."""
+        ...
+
+    def exec(self, handle: Handle, command: Sequence[str], *, tty: bool) -> int:
+        """Runs a command beside a run that is going on, with its environment; the command's exit code.
+
+        Standard input, output and error are ours; tty: they are a terminal. SpecError if nothing runs there now.
+        A backend without Feature.EXEC raises UnsupportedError with its reason.
+        """
         ...
 
     def remove(self, handle: Handle) -> None:

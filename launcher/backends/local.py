@@ -20,7 +20,6 @@ from pydantic import Field, field_validator
 from launcher import gpus, paths
 from launcher.backends.base import (
     BaseTarget,
-    ContainerRules,
     Feature,
     Handle,
     Job,
@@ -41,6 +40,7 @@ from launcher.contract import (
 from launcher.logfiles import follow_logs
 from launcher.process import ProcessId, with_variable
 from launcher.quantities import format_size
+from launcher.rules import ContainerRules
 from launcher.status import State, Status
 from launcher.stores import Store, open_store, path_of, scheme
 from launcher.supervisor import Record, SupervisorFolder, start

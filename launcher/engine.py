@@ -1,0 +1,478 @@
+"""Docker, Podman and Buildah: the one place that knows their command lines and their words for what went wrong.
+
+They are driven through their command lines, as their users do, so that log-ins, contexts and rootless set-ups count
+here as they count there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.errors import AuthError, CapacityError, CvlaunchError, SpecError, UnreachableError, UnsupportedError
+
+__all__ = [
+    "ENGINES",
+    "ENGINE_VARIABLE",
+    "Container",
+    "ContainerOptions",
+    "Engine",
+    "LocalImage",
+    "Mount",
+    "engine_error",
+    "find_engine",
+]
+
+ENGINES = ("docker", "podman", "buildah")
+"""In the order in which they are tried. Buildah builds, pushes and inspects; it runs no jobs."""
+
+ENGINE_VARIABLE = "CVLAUNCH_ENGINE"
+
+_ASK_S = 60.0
+_TAIL = 20
+"""Lines of an engine's output that an error is read from."""
+
+
+@dataclass(frozen=True)
+class LocalImage:
+    """An image in the engine's store.
+
+    config_digest: SHA-256 of its configuration, `sha256:…`, the same before and after a push. digests: `name@sha256:…`
+    of manifests under which registries know it. layers: uncompressed digests. size: bytes. user: of USER; empty: root.
+    """
+
+    config_digest: str
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    size: int
+    platform: str
+    layers: tuple[str, ...]
+    labels: Mapping[str, str]
+    entrypoint: tuple[str, ...]
+    user: str
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container as the engine remembers it. status: the engine's word. exit_code: None as long as it runs.
+
+    image: config digest. out_of_memory: the kernel killed it at its memory limit. error: why it could not start.
+    """
+
+    name: str
+    status: str
+    running: bool
+    exit_code: int | None
+    out_of_memory: bool
+    error: str
+    image: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Mount:
+    """source: a folder or file of this machine."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class ContainerOptions:
+    """How a container runs. None: the engine's default, or no limit.
+
+    user: `uid:gid`; None is the caller, so that what it writes belongs to whoever started it. shm, memory: bytes.
+    tmpfs: path → bytes. gpus: UUIDs or indices. passwd: whether an arbitrary user gets an entry in /etc/passwd (Podman
+    does that by default, Docker never). entrypoint: replaces the image's; arguments follow it. keep_stdin: the
+    container reads our standard input.
+    """
+
+    image: str
+    arguments: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    name: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+    tmpfs: Mapping[str, int] = field(default_factory=dict)
+    user: str | None = None
+    groups: tuple[int, ...] = ()
+    shm: int | None = None
+    memory: int | None = None
+    cpus: float | None = None
+    gpus: tuple[str, ...] = ()
+    network: str | None = None
+    workdir: str | None = None
+    read_only: bool = False
+    passwd: bool = True
+    drop_capabilities: bool = False
+    stop_signal: str | None = None
+    keep_stdin: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """name: docker, podman or buildah. program: its path. rootless: its root is the caller, and no other user is."""
+
+    name: str
+    program: str
+    rootless: bool = False
+
+    def read(self, *arguments: str, timeout: float = _ASK_S) -> str:
+        """What it prints. Its failure is one of our errors."""
+        try:
+            done = subprocess.run(
+                [self.program, *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise UnreachableError(f"{self.name} did not answer `{arguments[0]}` within {timeout:.0f} s") from None
+        except OSError as error:
+            raise UnsupportedError(f"{self.program} can't be started: {error.strerror}") from error
+        if done.returncode:
+            raise engine_error(self.name, arguments[0], done.stderr or done.stdout)
+        return done.stdout
+
+    def follow(self, arguments: Sequence[str], say: Callable[[str], None]) -> str:
+        """Like `read`, for what takes long: passes on each line as it comes, standard error, too. Returns them all."""
+        lines: list[str] = []
+        for line in self._lines(arguments):
+            lines.append(line)
+            say(line)
+        return "\n".join(lines)
+
+    def _lines(self, arguments: Sequence[str]) -> Iterator[str]:
+        tail: list[str] = []
+        with subprocess.Popen(
+            [self.program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None  # noqa: S101 for mypy
+            try:
+                for line in process.stdout:
+                    tail = [*tail[-_TAIL:], line.rstrip()]
+                    yield line.rstrip()
+            except BaseException:  # Ctrl-C: nothing goes on behind our back
+                process.terminate()
+                raise
+        if process.returncode:
+            raise engine_error(self.name, arguments[0], "\n".join(tail))
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def image(self, reference: str) -> LocalImage | None:
+        """None if it is not in the engine's own store."""
+        if self.name == "buildah":
+            return self._buildah_image(reference)
+        try:
+            found: list[dict[str, Any]] = json.loads(self.read("image", "inspect", reference))
+        except SpecError:
+            return None
+        return _local_image(found[0]) if found else None
+
+    def _buildah_image(self, reference: str) -> LocalImage | None:
+        try:
+            found = json.loads(self.read("inspect", "--type", "image", reference))
+        except SpecError:
+            return None
+        config = found["OCIv1"]
+        return LocalImage(
+            config_digest=_sha256(found["FromImageID"]),
+            names=(found["FromImage"],),
+            digests=(f"{found['FromImage'].rpartition(':')[0]}@{found['FromImageDigest']}",),
+            size=0,
+            platform=f"{config['os']}/{config['architecture']}",
+            layers=tuple(config["rootfs"]["diff_ids"]),
+            labels=config["config"].get("Labels") or {},
+            entrypoint=tuple(config["config"].get("Entrypoint") or ()),
+            user=config["config"].get("User") or "",
+        )
+
+    def pull(self, reference: str, say: Callable[[str], None]) -> LocalImage:
+        """From its registry, where it isn't here. SpecError if there is no such image."""
+        self.follow(["pull", reference], say)
+        image = self.image(reference)
+        if image is None:
+            raise SpecError(f"{self.name} pulled {reference} and does not find it", key="image")
+        return image
+
+    # -- containers ---------------------------------------------------------------------------------------------------
+
+    def run_command(self, options: ContainerOptions) -> list[str]:
+        """The whole command line; its exit code is the container's, or 125 to 127 where none was started."""
+        return [self.program, "run", *_run_options(self, options), options.image, *_arguments(options)]
+
+    def container(self, name: str) -> Container | None:
+        """None if the engine knows of none."""
+        try:
+            found: list[dict[str, Any]] = json.loads(self.read("container", "inspect", name))
+        except SpecError:
+            return None
+        return _container(found[0]) if found else None
+
+    def containers(self, label: str) -> list[str]:
+        """Names of the containers with the label `key=value`, ended ones included."""
+        return self.read("ps", "--all", "--filter", f"label={label}", "--format", "{{.Names}}").split()
+
+    def signal(self, name: str, signal: str) -> None:
+        """To the container's first process; one that has ended is fine."""
+        with contextlib.suppress(CvlaunchError):
+            self.read("kill", "--signal", signal, name)
+
+    def remove(self, name: str) -> None:
+        """Kills it, if it runs; one that is gone is fine."""
+        with contextlib.suppress(SpecError):
+            self.read("rm", "--force", "--volumes", name)
+
+    def changes(self, name: str) -> list[str]:
+        """Paths in the container's own layer that were added (A), changed (C) or deleted (D): `A /root/x`."""
+        return self.read("diff", name).splitlines()
+
+
+def find_engine(wanted: str | None = None, *, builds: bool = False, path: str | None = None) -> Engine:
+    """The engine that `wanted` or $CVLAUNCH_ENGINE names, else the first one that answers.
+
+    builds: Buildah will do. path: where to look instead of $PATH. UnsupportedError if there is none; UnreachableError
+    if it doesn't answer.
+    """
+    name = wanted or os.environ.get(ENGINE_VARIABLE)
+    known = ENGINES if builds else ENGINES[:2]
+    if name and name not in known:
+        what = "build images" if builds else "run containers"
+        raise SpecError(f"{name!r} is no engine to {what} with; there are {', '.join(known)}", key=ENGINE_VARIABLE)
+    failures: list[CvlaunchError] = []
+    for candidate in [name] if name else known:
+        if program := shutil.which(candidate, path=path):
+            try:
+                return _asked(candidate, program)
+            except CvlaunchError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
+    looked = name or " or ".join(known)
+    raise UnsupportedError(f"{looked} is not installed here: no container engine was found on PATH")
+
+
+@functools.lru_cache
+def _asked(name: str, program: str) -> Engine:
+    return Engine(name, program, _rootless(Engine(name, program)))
+
+
+def _rootless(engine: Engine) -> bool:
+    """Also asks whether it is there at all: a Docker client has no daemon everywhere."""
+    if engine.name == "docker":
+        return "rootless" in engine.read("info", "--format", "{{.SecurityOptions}}")
+    if engine.name == "podman":
+        return engine.read("info", "--format", "{{.Host.Security.Rootless}}").strip() == "true"
+    engine.read("version")
+    return os.geteuid() != 0
+
+
+def _run_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
+    if options.name:
+        yield from ("--name", options.name)
+    yield from _pairs("--label", options.labels)
+    yield from _pairs("--env", options.env)
+    for mount in options.mounts:
+        yield from ("--mount", _mount(mount))
+    for target, size in options.tmpfs.items():
+        yield from ("--tmpfs", f"{target}:rw,size={size},mode=1777")
+    yield from _user_options(engine, options)
+    yield from _limit_options(engine, options)
+    if options.keep_stdin:
+        yield "--interactive"
+    if options.network:
+        yield from ("--network", options.network)
+    if options.workdir:
+        yield from ("--workdir", options.workdir)
+    if options.stop_signal:
+        yield from ("--stop-signal", options.stop_signal)
+    if options.entrypoint:
+        yield from ("--entrypoint", options.entrypoint[0])
+
+
+def _arguments(options: ContainerOptions) -> tuple[str, ...]:
+    """Docker's --entrypoint takes one word; the others go before the arguments."""
+    return (*(options.entrypoint or ())[1:], *options.arguments)
+
+
+def _user_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
+    user = options.user or _caller(engine)
+    yield from ("--user", user)
+    if options.user is None and engine.name == "podman" and engine.rootless:
+        yield "--userns=keep-id"
+    for group in options.groups:
+        yield from ("--group-add", str(group))
+    if engine.name == "podman" and not options.passwd:
+        yield "--passwd=false"
+    if options.drop_capabilities:
+        yield from ("--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+    if options.read_only:
+        yield "--read-only"
+        if engine.name == "podman":
+            yield "--read-only-tmpfs=false"  # else /tmp, /run and /var/tmp can be written, which Docker's can't
+
+
+def _caller(engine: Engine) -> str:
+    return "0:0" if engine.name == "docker" and engine.rootless else f"{os.geteuid()}:{os.getegid()}"
+
+
+def _limit_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
+    if options.shm is not None:
+        yield from ("--shm-size", str(options.shm))
+    if options.memory is not None:
+        yield from ("--memory", str(options.memory))
+    if options.cpus is not None:
+        yield from ("--cpus", f"{options.cpus:g}")
+    if options.gpus and engine.name == "docker":
+        yield from ("--gpus", f'"device={",".join(options.gpus)}"')  # quoted: its value is read as CSV
+    elif options.gpus:
+        for gpu in options.gpus:
+            yield from ("--device", f"nvidia.com/gpu={gpu}")  # CDI
+
+
+def _pairs(option: str, values: Mapping[str, str]) -> Iterator[str]:
+    for key, value in values.items():
+        yield from (option, f"{key}={value}")
+
+
+def _mount(mount: Mount) -> str:
+    """One record of CSV, which both engines read it as: a path may hold commas and quotes."""
+    fields = [
+        "type=bind",
+        f"source={mount.source}",
+        f"target={mount.target}",
+        *(["readonly"] if mount.read_only else []),
+    ]
+    return ",".join(_csv_field(text) for text in fields)
+
+
+def _csv_field(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) else text
+
+
+def _local_image(found: Mapping[str, Any]) -> LocalImage:
+    config = found.get("Config") or {}
+    return LocalImage(
+        config_digest=_sha256(found["Id"]),
+        names=tuple(found.get("RepoTags") or ()),
+        digests=tuple(found.get("RepoDigests") or ()),
+        size=int(found["Size"]),
+        platform=f"{found['Os']}/{found['Architecture']}",
+        layers=tuple((found.get("RootFS") or {}).get("Layers") or ()),
+        labels=config.get("Labels") or {},
+        entrypoint=_words(config.get("Entrypoint")),
+        user=config.get("User") or "",
+    )
+
+
+def _words(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) and value else tuple(value or ())
+
+
+def _sha256(value: str) -> str:
+    return value if value.startswith("sha256:") else f"sha256:{value}"
+
+
+def _container(found: Mapping[str, Any]) -> Container:
+    state = found["State"]
+    running = state["Status"] in ("running", "paused", "stopping")
+    started = state["Status"] not in ("created", "configured", "initialized")
+    return Container(
+        name=found["Name"].removeprefix("/"),
+        status=state["Status"],
+        running=running,
+        exit_code=int(state["ExitCode"]) if started and not running else None,
+        out_of_memory=bool(state.get("OOMKilled")),
+        error=state.get("Error") or "",
+        image=_sha256(found["Image"]),
+        labels=(found.get("Config") or {}).get("Labels") or {},
+    )
+
+
+@dataclass(frozen=True)
+class _Word:
+    """pattern: in what the engine printed. kind: our error. advice: the way out."""
+
+    pattern: str
+    kind: type[CvlaunchError]
+    advice: str
+
+
+_WORDS = (
+    _Word(r"no space left on device|disk quota exceeded", CapacityError, "free some space where images are kept"),
+    _Word(
+        r"cannot connect to the docker daemon|cannot connect to podman|unable to connect to podman",
+        UnreachableError,
+        "start it (Docker: systemctl start docker), or name another engine in CVLAUNCH_ENGINE",
+    ),
+    _Word(
+        r"permission denied while trying to connect|dial unix \S+: connect: permission denied",
+        AuthError,
+        "this user may not use it: join its group (docker), or use Podman",
+    ),
+    _Word(
+        r"unauthorized|authentication required|no basic auth credentials|incorrect username or password",
+        AuthError,
+        "log in to the registry: {engine} login REGISTRY",
+    ),
+    _Word(
+        r"denied|forbidden|read-only|method not allowed|\bunsupported\b.*operation|status code 405",
+        AuthError,
+        "the registry takes no such request from this log-in; ask for the right to push, or push elsewhere",
+    ),
+    _Word(
+        r"(?s)toomanyrequests|too many requests|rate limit", UnreachableError, "the registry asks to come back later"
+    ),
+    _Word(
+        r"manifest unknown|name unknown|repository name not known|requested resource .*not found|no such image"
+        r"|image not known|no such object|no such container|not found: manifest|did not resolve to an alias"
+        r"|does not exist|pull access denied|no container with name or id|image not found",
+        SpecError,
+        "check its name and tag",
+    ),
+    _Word(r"unresolvable cdi devices|could not select device driver", CapacityError, "the engine has no NVIDIA GPUs: "
+          "install the NVIDIA container toolkit (Podman: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml)"),
+    _Word(
+        r"connection refused|no such host|i/o timeout|no route to host|network is unreachable|tls handshake"
+        r"|server gave http response|certificate|connection reset|temporary failure in name resolution",
+        UnreachableError,
+        "the registry does not answer; check its address and this machine's network",
+    ),
+)  # fmt: skip
+"""The first that fits counts."""
+
+
+def engine_error(engine: str, action: str, output: str) -> CvlaunchError:
+    """What an engine printed when it failed, as one of our errors. Words that nobody knows are a SpecError."""
+    said = _last_words(output)
+    for word in _WORDS:
+        if re.search(word.pattern, output, re.IGNORECASE):
+            return word.kind(f"{engine} {action}: {said}; {word.advice.format(engine=engine)}")
+    return SpecError(f"{engine} {action} failed: {said}")
+
+
+def _last_words(output: str) -> str:
+    """The line that says why: the last `Error: …`, without what wraps it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("time=")]
+    errors = [line for line in lines if re.match(r"(error|err|denied|unauthorized)\b", line, re.IGNORECASE)]
+    text = (errors or lines or ["it says nothing"])[-1]
+    return re.sub(r"^error( response from daemon)?: ", "", text, flags=re.IGNORECASE)[:500]

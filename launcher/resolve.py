@@ -21,6 +21,7 @@ from launcher.digest import job_digest
 from launcher.errors import SpecError, UnsupportedError, nearest
 from launcher.ledger import Ledger
 from launcher.plan import transport_of
+from launcher.quantities import format_size
 from launcher.spec import JobSpec
 from launcher.stores import file_uri, is_uri, join_uri, open_store, path_of, scheme
 from launcher.targets import Selected, Targets
@@ -53,6 +54,7 @@ def resolve(
         places[WEIGHTS_CHANNEL] = spec.train.init
     channels = tuple(resolver.channel(name, place) for name, place in sorted(places.items()))
     code, archive = _code(spec, folder, scratch)
+    shm_bytes, shm_warnings = _shm(spec, selected.backend)
     image = Image(spec.image) if spec.image and selected.backend.rules.container else None
     return Job(
         spec=spec,
@@ -66,11 +68,11 @@ def resolve(
         train=train_of(spec),
         command=spec.command,
         digest=digest_of(spec, channels=channels, code=code, image=image),
-        shm=_shm(spec),
+        shm=shm_bytes,
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
         unpinned=tuple(_unpinned(spec, channels, image, code)),
-        warnings=(*_ignored(spec, selected.backend), *resolver.warnings),
+        warnings=(*_ignored(spec, selected.backend), *shm_warnings, *resolver.warnings),
         version=__version__,
     )
 
@@ -163,10 +165,27 @@ def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str 
     return build_archive(root, archive, requirements=spec.code.requirements), str(archive)
 
 
-def _shm(spec: JobSpec) -> int | None:
-    """Bytes; auto is what the trainer's loaders need, None for a command that nobody knows."""
+def _shm(spec: JobSpec, backend: type[Backend]) -> tuple[int | None, tuple[str, ...]]:
+    """(bytes, warnings); auto is what the trainer's loaders need, None for a command that nobody knows.
+
+    Shared memory counts as the container's memory, so that auto takes half of it at most.
+    """
     resources = spec.resources
-    return shm.need_of(spec.train, resources.processes_per_node) if resources.shm == "auto" else resources.shm
+    given = None if resources.shm == "auto" else resources.shm
+    if spec.train is None:
+        return given, ()
+    loaders = shm.Loaders.of_train(spec.train.model_dump(), resources.processes_per_node, gpus=resources.gpus)
+    size = shm.rounded_need(loaders.need()) if given is None else given
+    capped = given is None and not features_missing(backend, [Feature.SHM])
+    if capped and resources.memory is not None:
+        size = min(size, resources.memory // 2)
+    if size >= loaders.need():
+        return size, ()
+    half = ", half of resources.memory," if capped else ""
+    return size, (
+        f"resources.shm: {format_size(size)}{half} is less than the data loaders need ({loaders}); "
+        "the runner lowers prefetch and workers",
+    )
 
 
 def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:

@@ -2,10 +2,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from launcher.shm import image_batch_bytes, loader_need, need_of, shm_size
+from launcher.shm import (
+    Loaders,
+    Loading,
+    allowed_loading,
+    image_batch_bytes,
+    loader_need,
+    rounded_need,
+    shm_free,
+    shm_size,
+    shm_words,
+    size_as_written,
+)
 from launcher.spec import ClassifyConfig, DetectConfig
 
 MIB = 2**20
@@ -31,25 +45,123 @@ def test_image_batch_bytes(batch: int, size: int, options: dict[str, int], expec
 
 
 @pytest.mark.parametrize(
-    ("train", "processes", "expected_mib"),
+    ("train", "processes", "gpus", "expected_mib"),
     [
-        (None, 1, None),
-        (ClassifyConfig(task="classify", workers=0), 1, 64),
-        (ClassifyConfig(task="classify", batch=32, workers=2, image_size=32), 1, 64),
-        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 1, 128),  # 17 × 4.6 MiB × 1.25 = 98
-        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 8, 832),  # 8 × 98 = 781
-        (DetectConfig(task="detect", batch=16, workers=8, image_size=640), 1, 2368),  # 3 × 33 × 18.75 MiB × 1.25 = 2320
+        (ClassifyConfig(task="classify", workers=0), 1, 0, 64),
+        (ClassifyConfig(task="classify", batch=32, workers=2, image_size=32), 1, 0, 64),
+        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 1, 0, 128),  # 17 × 4.6 MiB × 1.25 = 98
+        (ClassifyConfig(task="classify", batch=32, workers=8, image_size=224), 8, 8, 832),  # 8 × 98 = 781
+        # (33 × 18.75 + 33 × 41.3 (32 images of 672 px)) × 1.25 = 2479 MiB
+        (DetectConfig(task="detect", batch=16, workers=8, image_size=640), 1, 1, 2496),
+        (DetectConfig(task="detect", batch=16, workers=8, image_size=640), 1, 0, 64),  # no workers on the CPU
     ],
 )
-def test_need_of(train: ClassifyConfig | DetectConfig | None, processes: int, expected_mib: int | None) -> None:
-    need = need_of(train, processes)
+def test_the_size_that_a_platform_is_asked_for(
+    train: ClassifyConfig | DetectConfig, processes: int, gpus: int, expected_mib: int
+) -> None:
+    loaders = Loaders.of_train(train.model_dump(), processes, gpus=gpus)
 
-    assert need == (None if expected_mib is None else expected_mib * MIB)
+    assert rounded_need(loaders.need()) == expected_mib * MIB
 
 
-def test_shm_size_is_the_size_of_dev_shm() -> None:
+CLASSIFY = Loaders("classify", 64, 256, Loading(8, 2))
+"""Batches of 12 MiB."""
+DETECT = Loaders("detect", 16, 640, Loading(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("loaders", "free_mib", "expected"),
+    [
+        (CLASSIFY, 1024, Loading(8, 2)),
+        (CLASSIFY, 255, Loading(8, 2)),  # 17 × 12 MiB × 1.25
+        (CLASSIFY, 254, Loading(8, 1)),
+        (CLASSIFY, 64, Loading(3, 1)),
+        (CLASSIFY, 30, Loading(1, 1)),
+        (CLASSIFY, 29, Loading(0, 1)),
+        (CLASSIFY, 0, Loading(0, 1)),
+        (DETECT, 2479, Loading(8, 4)),
+        (DETECT, 2478, Loading(8, 2)),
+        (DETECT, 1300, Loading(8, 1)),
+        (DETECT, 512, Loading(3, 1)),
+        (DETECT, 64, Loading(0, 1)),
+        (Loaders("classify", 64, 256, Loading(8, 2), processes=4), 255, Loading(3, 1)),
+    ],
+)
+def test_prefetch_goes_first_and_then_workers(loaders: Loaders, free_mib: int, expected: Loading) -> None:
+    assert loaders.fitting(free_mib * MIB) == expected
+
+
+@given(
+    task=st.sampled_from(["classify", "detect"]),
+    batch=st.integers(1, 512),
+    side=st.integers(8, 2048),
+    workers=st.integers(0, 64),
+    processes=st.integers(1, 8),
+    free=st.integers(0, 2**36),
+)
+def test_what_is_chosen_fits_and_is_never_more_than_asked(
+    task: str, batch: int, side: int, workers: int, processes: int, free: int
+) -> None:
+    loaders = Loaders(task, batch, side, Loading(workers, 2), processes)
+    chosen = loaders.fitting(free)
+
+    assert loaders.need(chosen) <= free
+    assert chosen.workers <= workers and 1 <= chosen.prefetch <= 2
+    assert chosen == loaders.asked or loaders.need() > free
+    assert loaders.fitting(rounded_need(loaders.need())) == loaders.asked  # what is asked of a platform is enough
+
+
+def test_what_the_runner_allows_reaches_the_trainer() -> None:
+    asked = Loading(8, 2)
+
+    assert allowed_loading({}, asked) == asked
+    assert allowed_loading({"HOME": "/", **Loading(0, 1).to_environment()}, asked) == Loading(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(64 * MIB, "64Mi"), (1024 * MIB, "1Gi"), (1, "1Mi"), (1088 * MIB, "1088Mi")]
+)
+def test_sizes_as_a_job_file_says_them(size: int, text: str) -> None:
+    assert size_as_written(size) == text
+
+
+SETTABLE = {"how": "--shm-size", "size": 64 * MIB, "source": "docker run"}
+FIXED = {"how": "", "size": 64 * MIB, "source": "no field in its API"}
+UNKNOWN = {"how": "", "size": None, "source": "the machine's"}
+
+
+@pytest.mark.parametrize(
+    ("need_mib", "facts", "expected"),
+    [
+        (512, SETTABLE, "/dev/shm: 512 MiB, set by --shm-size"),
+        (None, SETTABLE, "/dev/shm: 64 MiB; resources.shm sets it by --shm-size"),
+        (None, {**SETTABLE, "size": None}, "/dev/shm: as the platform gives it; resources.shm sets it by --shm-size"),
+        (
+            512,
+            FIXED,
+            "/dev/shm can't be set on sagemaker (no field in its API): 64 MiB must be expected and the loaders need "
+            "512 MiB; the runner lowers prefetch and workers",
+        ),
+        (64, FIXED, "/dev/shm can't be set on sagemaker (no field in its API): 64 MiB, enough for the loaders' 64 MiB"),
+        (None, FIXED, "/dev/shm can't be set on sagemaker (no field in its API): 64 MiB must be expected"),
+        (
+            1536,
+            UNKNOWN,
+            "/dev/shm can't be set on sagemaker (the machine's): its size is not known; if the loaders' 1.5 GiB don't "
+            "fit, the runner lowers prefetch and workers",
+        ),
+        (None, UNKNOWN, "/dev/shm can't be set on sagemaker (the machine's): its size is not known"),
+        (None, {**UNKNOWN, "source": ""}, "/dev/shm can't be set on sagemaker: its size is not known"),
+    ],
+)
+def test_words_for_plans(need_mib: int | None, facts: dict[str, Any], expected: str) -> None:
+    assert shm_words(None if need_mib is None else need_mib * MIB, "sagemaker", **facts) == expected
+
+
+def test_size_and_room_are_those_of_dev_shm() -> None:
     if Path("/dev/shm").is_dir():
         stat = os.statvfs("/dev/shm")
         assert shm_size() == stat.f_blocks * stat.f_frsize
+        assert 0 < (shm_free() or 0) <= stat.f_blocks * stat.f_frsize
     else:
-        assert shm_size() is None
+        assert shm_size() is None and shm_free() is None

@@ -23,11 +23,12 @@ from launcher.contract import (
 )
 from launcher.errors import CvlaunchError, UnreachableError
 from launcher.paths import trainer_folder
-from launcher.quantities import format_duration, format_size
+from launcher.quantities import format_duration
 from launcher.runner.child import Child
 from launcher.runner.code import install_requirements, unpack_code
 from launcher.runner.command import Command, build_command, command_environment
 from launcher.runner.environment import describe_environment
+from launcher.runner.loaders import describe_shm, guard_loaders
 from launcher.runner.logs import RunLog
 from launcher.runner.place import Place
 from launcher.runner.pulse import Pulse, read_heartbeat
@@ -48,7 +49,7 @@ from launcher.runner.secret import read_secrets
 from launcher.runner.stage import check_room, restore_checkpoint, restore_metrics, stage_channels
 from launcher.runner.stop import Reason, Stop, Stopped, within
 from launcher.runner.upload import Uploader
-from launcher.shm import shm_size
+from launcher.shm import shm_free
 
 __all__ = ["Attempt", "exit_code_of_error"]
 
@@ -204,6 +205,7 @@ class Attempt:
     def _prepare(self, abort: threading.Event) -> Command:
         job, layout, say = self._job, self._place.layout, self._log.say
         self._say_hello()
+        loading = guard_loaders(job, shm_free(), foreign=bool(self._override), say=say)
         secrets = read_secrets(job.secrets, self._environ)
         self._log.hide(secrets.values())
         check_room(job, layout)
@@ -216,7 +218,7 @@ class Attempt:
             wait_for_master(self._place.ranks, abort)
         code = layout.code if job.code else None
         paths = [trainer_folder() if job.train and not self._override else None, code, site]
-        env = self._environment(secrets, [path for path in paths if path])
+        env = {**self._environment(secrets, [path for path in paths if path]), **loading}
         return build_command(job, self._override, env=env, ranks=self._place.ranks, code=code, scratch=self._scratch)
 
     def _environment(self, secrets: Mapping[str, str], paths: Sequence[Path]) -> dict[str, str]:
@@ -232,11 +234,10 @@ class Attempt:
         )
 
     def _say_hello(self) -> None:
-        shm = shm_size()
-        place, size = self._place, "none" if shm is None else format_size(shm)
+        place = self._place
         node = f", node {place.ranks.node_rank} of {place.ranks.nodes}" if place.ranks.nodes > 1 else ""
         self._log.say(
-            f"{self._job.run_id}, attempt {self._progress.attempt}{node}; root {place.layout.root}; /dev/shm {size}"
+            f"{self._job.run_id}, attempt {self._progress.attempt}{node}; root {place.layout.root}; {describe_shm()}"
         )
 
     def _describe(self) -> None:
@@ -282,6 +283,7 @@ class Attempt:
             place.layout.exit.unlink(missing_ok=True)
         since = 0.0 if place.first else time.time() - _CLOCKS_APART_S
         progress.phase, progress.running_since = "running", time.monotonic()
+        self._log.begin_command()
         child = Child(command, self._log, first_rank=place.ranks.node_rank * self._job.processes, ended=self._stop.wake)
         try:
             code = self._follow(child)
@@ -290,7 +292,8 @@ class Attempt:
             raise
         progress.rest()
         saved = complete_checkpoints(place.layout.checkpoints) - self._checkpoints_before
-        return End(code, read_exit_file(place.layout.exit, since=since), bool(saved))
+        left = read_exit_file(place.layout.exit, since=since)
+        return End(code, left, bool(saved), self._log.last_lines())
 
     def _follow(self, child: Child) -> int:
         """The exit code; the child is stopped when a stop is asked for or the time is up."""

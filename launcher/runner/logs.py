@@ -68,6 +68,11 @@ class RunLog:
         """The command's last lines, masked."""
         return list(self._last)
 
+    def begin_command(self) -> None:
+        """A restart: what went before is not its last lines."""
+        with self._lock:
+            self._last.clear()
+
     def _put(self, tag: str, text: str, *, shown: str) -> None:
         text, shown = _cut(self.mask(text)), _cut(self.mask(shown))
         entry = f"{_timestamp(self._clock())} [{tag}] {text}\n".encode(errors="replace")

@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher import contract
 from launcher.contract import EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_DONE, EXIT_PREEMPTED, Layout, write_json
 from launcher.quantities import format_duration
+from launcher.runner.loaders import shm_hint
 from launcher.runner.stop import Reason
 
 __all__ = [
@@ -51,12 +52,13 @@ class Outcome:
 class End:
     """How the command ended. left: what rank 0 left in exit.json (code, reason), which wins over the process's code.
 
-    saved: whether a complete checkpoint is newer than the start of the runner.
+    saved: whether a complete checkpoint is newer than the start of the runner. last_lines: what it printed at last.
     """
 
     code: int
     left: tuple[int, str] | None = None
     saved: bool = False
+    last_lines: Sequence[str] = ()
 
     @property
     def exit_code(self) -> int:
@@ -64,9 +66,10 @@ class End:
 
     @property
     def reason(self) -> str:
-        if self.left and self.left[1]:
-            return self.left[1]
-        return _reason_of_code(self.exit_code)
+        given = self.left[1] if self.left else ""
+        reason = given or _reason_of_code(self.exit_code)
+        hint = shm_hint(self.exit_code, (given, *self.last_lines))
+        return f"{reason}; {hint}" if hint else reason
 
 
 @dataclass(frozen=True)

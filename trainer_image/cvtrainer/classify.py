@@ -29,6 +29,7 @@ from cvtrainer.data import Batches, ClassFolders, Samples, load, read_class_fold
 from cvtrainer.run import Preempted, Recorder, Run, UserError, brief
 from launcher.contract import WEIGHTS_CHANNEL, newest_checkpoint, write_json
 from launcher.errors import nearest
+from launcher.shm import TORCH_PREFETCH, Loading, allowed_loading
 from launcher.spec import ClassifyConfig
 
 __all__ = ["train"]
@@ -62,6 +63,11 @@ class Session:
     def steps(self) -> int:
         """Steps of an epoch."""
         return len(self.train) // (self.batch * self.run.ranks.world)
+
+    @property
+    def loading(self) -> Loading:
+        """As the job asks, or what the runner found to fit into /dev/shm."""
+        return allowed_loading(os.environ, Loading(self.config.workers, TORCH_PREFETCH))
 
     @property
     def amp_type(self) -> torch.dtype | None:
@@ -339,9 +345,7 @@ def train_epoch(session: Session, learner: Learner) -> Pace:
     learner.model.train()
     rate, began = float(learner.scheduler.get_last_lr()[0]), time.monotonic()
     learner.window_began = began
-    for images, labels in load(
-        session.train, batches, workers=session.config.workers, pin=session.device.type == "cuda"
-    ):
+    for images, labels in load(session.train, batches, loading=session.loading, pin=session.device.type == "cuda"):
         save_if_due(session, learner)
         rate = train_step(session, learner, images=images, labels=labels)
         batch = learner.progress.batch + 1
@@ -409,7 +413,7 @@ def evaluate(session: Session, learner: Learner) -> Evaluation:
     common = len(session.val) // ranks.world // session.batch
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=session.device)
     loss = torch.zeros((), dtype=torch.float64, device=session.device)
-    loader = load(session.val, batches, workers=session.config.workers, pin=session.device.type == "cuda")
+    loader = load(session.val, batches, loading=session.loading, pin=session.device.type == "cuda")
     for index, (images, labels) in enumerate(loader):
         if index < common and index % _AGREE_EVERY == 0 and agreed(session, session.run.stop.asked())[0]:
             preempt(session, learner)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from cvtrainer.run import UserError
 from launcher.errors import nearest
+from launcher.shm import Loading
 
 __all__ = [
     "AUGMENTATIONS",
@@ -189,12 +190,16 @@ class Batches:
             yield [(self.epoch, int(index)) for index in mine[batch * self.size : (batch + 1) * self.size]]
 
 
-def load(samples: Samples, batches: Batches, *, workers: int, pin: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def load(
+    samples: Samples, batches: Batches, *, loading: Loading, pin: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(uint8 images [n, 3, size, size], int64 labels [n]). UserError names the first image that can't be read."""
+    workers = min(loading.workers, len(batches))
     loader: DataLoader[object] = DataLoader(
         samples,
         batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
+        num_workers=workers,
+        prefetch_factor=loading.prefetch if workers else None,
         collate_fn=_collate,
         pin_memory=pin,
         worker_init_fn=_outlive_signals,

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from cvtrainer import checkpoints, plots
 from cvtrainer.run import Preempted, Recorder, Run, UserError, brief
 from launcher.contract import WEIGHTS_CHANNEL, newest_checkpoint, write_json
 from launcher.errors import nearest
+from launcher.shm import ULTRALYTICS_PREFETCH, Loading, allowed_loading
 from launcher.spec import DetectConfig
 
 __all__ = ["train"]
@@ -63,6 +64,11 @@ class Session:
     scratch: Path
     classes: tuple[str, ...]
     recorder: Recorder | None
+
+    @property
+    def loading(self) -> Loading:
+        """As the job asks, or what the runner found to fit into /dev/shm."""
+        return allowed_loading(os.environ, Loading(self.config.workers, ULTRALYTICS_PREFETCH))
 
     @property
     def work(self) -> Path:
@@ -306,7 +312,7 @@ def machine_settings(session: Session) -> dict[str, object]:
     device = ",".join(map(str, range(session.run.ranks.world))) if session.run.job.gpus else "cpu"
     return {
         "device": device,
-        "workers": session.config.workers,
+        "workers": session.loading.workers,
         "save_dir": str(session.work),
         "exist_ok": True,
         "plots": True,
@@ -376,7 +382,15 @@ def begin_epoch(session: Session, clock: Clock, *, trainer: Any) -> None:
     torch.manual_seed(third)
     if trainer.train_loader.generator is not None:
         trainer.train_loader.generator.manual_seed(third)
+    limit_prefetch((trainer.train_loader, trainer.test_loader), session.loading.prefetch)
     clock.batch, clock.epoch_began = 0, time.monotonic()
+
+
+def limit_prefetch(loaders: Iterable[Any], prefetch: int) -> None:
+    """Of loaders that have not begun. Ultralytics has no setting for it, and builds new ones if a GPU is too small."""
+    for loader in loaders:
+        if loader.num_workers:
+            loader.prefetch_factor = min(loader.prefetch_factor, prefetch)
 
 
 def stop_if_asked(session: Session, clock: Clock, *, trainer: Any) -> None:

@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
-PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python
+SAME   := $(VENV)/constraints.txt
+PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(SAME)
 PYTEST ?= -n 2
 
-.PHONY: demo test check test-wheel bench schema clean
+.PHONY: demo test check test-wheel bench schema lock pin-base clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/digits/make_data.py
@@ -16,6 +17,7 @@ demo: $(VENV)/.trainer
 
 test: $(VENV)/.test
 	tests/services/install
+	$(BIN)/python -m tests.services.image
 	$(BIN)/python -m pytest $(PYTEST)
 
 check: $(VENV)/.check
@@ -33,22 +35,35 @@ bench: $(VENV)/.test
 schema: $(VENV)/.check
 	$(BIN)/cvlaunch schema > docs/job.schema.json
 
+# The trainer image's packages, with hashes. UPGRADE=1 takes the newest; else what is locked stays where it fits.
+lock: $(VENV)/.uv
+	$(BIN)/python trainer_image/lock.py $(if $(UPGRADE),--upgrade)
+
+# The trainer image's base by its digest, as the registry has it now.
+pin-base:
+	trainer_image/pin-base
+
 clean:
 	rm -rf $(VENV) .cache dist build runs
 
-$(VENV)/.uv:
+# The lock without its hashes, so that a training here has the packages of the image.
+$(SAME): trainer_image/requirements.lock
+	mkdir -p $(@D)
+	sed -n -e 's/^\([a-z0-9-]*==[^ ]*\) .*/\1/p' -e 's/^opencv-python-headless==/opencv-python==/p' $< > $@
+
+$(VENV)/.uv: $(SAME)
 	$(PYTHON) -m venv $(VENV) || { echo "venv is missing: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(SAME) uv
 	touch $@
 
-$(VENV)/.trainer: pyproject.toml | $(VENV)/.uv
+$(VENV)/.trainer: pyproject.toml $(SAME) | $(VENV)/.uv
 	$(PIP) --editable '.[trainer,examples]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/.uv
+$(VENV)/.test: pyproject.toml $(SAME) | $(VENV)/.uv
 	$(PIP) --editable '.[test]'
 	touch $@
 
-$(VENV)/.check: pyproject.toml | $(VENV)/.uv
+$(VENV)/.check: pyproject.toml $(SAME) | $(VENV)/.uv
 	$(PIP) --editable '.[check]'
 	touch $@

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.podman import configure, podman_works
+
 pytest.register_assert_rewrite("launcher.testing.conformance")
-pytest_plugins = ["tests.s3_fixtures"]
+pytest_plugins = ["tests.s3_fixtures", "tests.image_fixtures"]
 
 _ALL = os.environ.get("CVLAUNCH_TEST_ALL") == "1"
 
@@ -34,6 +36,9 @@ _NEEDS = {
     "unshare": _can_unshare,
     "git": lambda: shutil.which("git") is not None,
     "linux": lambda: sys.platform == "linux",
+    "podman": podman_works,
+    "debootstrap": lambda: os.geteuid() == 0 and shutil.which("debootstrap") is not None,
+    "docker-registry": lambda: shutil.which("docker-registry") is not None,
 }
 """Name of a need → whether this machine meets it."""
 
@@ -45,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    configure()
     config.addinivalue_line("markers", f"needs(*names): what the machine must have: {', '.join(_NEEDS)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ _CACHES = {
     "NUMBA_CACHE_DIR": ".cache/numba",
 }
 """Variable → where its library writes without it, below HOME."""
+
+_TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - what libraries take without TMPDIR
+_SOCKET = "pymp-12345678/listener-12345678"
+"""What multiprocessing makes below TMPDIR; the kernel takes 107 bytes for a socket's path."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def command_environment(
     env |= _contract_variables(job, layout, ranks, attempt)
     env |= {**job.env, **secrets}
     env |= _home_variables(env, scratch)
+    env |= _temporary_variables(env, scratch)
     if ranks.interface:
         env = {"NCCL_SOCKET_IFNAME": ranks.interface, "GLOO_SOCKET_IFNAME": ranks.interface, **env}
     if python_path:
@@ -160,13 +166,39 @@ def _home_variables(env: Mapping[str, str], scratch: Path) -> dict[str, str]:
     except KeyError:  # an arbitrary uid, as OpenShift and OVH give: getpass.getuser() would fail
         home = env.get("HOME") or "/"
         found["USER"] = env.get("USER") or "cvlaunch"
-    if "HOME" not in env or not _can_write(Path(home)):
+    if not env.get("HOME") or not _can_write(Path(home)):
         home = str(_made(scratch / "home"))
         found["HOME"] = home
     for name, default in _CACHES.items():
         if name not in env and not _can_write(Path(home) / default):
             found[name] = str(_made(scratch / name.lower()))
     return found
+
+
+def _temporary_variables(env: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """TMPDIR on a read-only disk: below scratch, or in memory where sockets can't stand there (too deep, or FUSE)."""
+    wanted = [env["TMPDIR"]] if env.get("TMPDIR") else _TEMPORARY
+    if any(_can_write(Path(folder)) for folder in wanted):
+        return {}
+    folder = _made(scratch / "tmp")
+    memory = Path("/dev/shm", scratch.name.lstrip("."))  # noqa: S108 - a new name, as scratch's is
+    if not _takes_sockets(folder) and _can_write(memory):
+        folder = _made(memory)
+    return {"TMPDIR": str(folder)}
+
+
+def _takes_sockets(folder: Path) -> bool:
+    path = folder / _SOCKET
+    _made(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+    return True
 
 
 def _made(folder: Path) -> Path:

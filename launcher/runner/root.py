@@ -62,6 +62,5 @@ def scratch_folder(layout: Layout) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix="cvlaunch-"))
     except OSError:
-        folder = layout.root / ".scratch"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        layout.root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".scratch-", dir=layout.root))

@@ -1,0 +1,37 @@
+"""Fixtures for container images: the base, the trainer image and a registry. tests/conftest.py takes them in by
+`pytest_plugins`. The images are built once for all workers; a registry is a session's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.services import base, image
+from tests.services.registry import Registry, registry_server
+
+
+@pytest.fixture(scope="session")
+def base_image() -> str:
+    """Reference of a Debian without anything else."""
+    return base.base_image()
+
+
+@pytest.fixture(scope="session")
+def trainer_image() -> str:
+    """Reference of the real image, in podman's storage on this machine."""
+    return image.trainer_image()
+
+
+@pytest.fixture(scope="session")
+def registry_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        yield server
+
+
+@pytest.fixture
+def registry(registry_process: Registry, monkeypatch: pytest.MonkeyPatch) -> str:
+    """host:port of an open registry that podman and buildah may talk to without TLS."""
+    for name, value in registry_process.environment.items():
+        monkeypatch.setenv(name, value)
+    return registry_process.address

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from launcher.contract import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_PREEMPTED, JobFile
 from launcher.quantities import format_size
 from launcher.shm import SHM, Loaders, Loading, rounded_need, shm_free, shm_size, size_as_written
 
-__all__ = ["describe_shm", "guard_loaders", "shm_hint"]
+__all__ = ["describe_shm", "guard_loaders", "shm_reason"]
 
 _SMALL = 64 * 2**20
 """What containers get when nobody asks for more."""
+
+_LONGEST_QUOTE = 240
 
 _SIGNATURES = re.compile(
     r"unable to allocate shared memory"  # torch 2.x, out of space
@@ -86,19 +88,17 @@ def _advise(free: int | None, say: Callable[[str], None]) -> None:
         )
 
 
-def shm_hint(code: int, last_lines: Sequence[str]) -> str:
-    """What a command that ended with `code` died of, and the way out, if that was a full /dev/shm; else empty."""
+def shm_reason(code: int, last_lines: Iterable[str]) -> str | None:
+    """Why a command ended with `code`, and the way out, if /dev/shm was full; None if it was something else."""
     if code in (EXIT_DONE, EXIT_BAD_CONFIG, EXIT_PREEMPTED):
-        return ""
-    if any(_SIGNATURES.search(line) for line in last_lines):
-        what = "used up"
-    elif code == 128 + signal.SIGBUS:
-        what = "most likely used up"
-    else:
-        return ""
+        return None
+    told = [line.strip()[:_LONGEST_QUOTE] for line in last_lines if _SIGNATURES.search(line)]
+    if not told and code != 128 + signal.SIGBUS:
+        return None
     size = shm_size()
+    what = f"{told[-1]}: {SHM} is" if told else f"killed by SIGBUS: {SHM} is most likely"
     return (
-        f"{SHM}{f' ({format_size(size)})' if size else ''} is {what} by data loaders: resources.shm: 1Gi gives more "
-        "where the platform lets it be set; else use fewer workers, a lower prefetch or a smaller batch (the sharing "
-        "strategy file_system does not help: it lives there, too)"
+        f"{what} too small for the data loaders{f' ({format_size(size)})' if size else ''}; resources.shm: 1Gi gives "
+        "more where the platform lets it be set, else use fewer workers, a lower prefetch or a smaller batch; the "
+        "sharing strategy file_system does not help, as it lives there, too"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import contract
 from launcher.contract import EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_DONE, EXIT_PREEMPTED, Layout, write_json
 from launcher.quantities import format_duration
-from launcher.runner.loaders import shm_hint
+from launcher.runner.loaders import shm_reason
 from launcher.runner.stop import Reason
 
 __all__ = [
@@ -67,9 +67,8 @@ class End:
     @property
     def reason(self) -> str:
         given = self.left[1] if self.left else ""
-        reason = given or _reason_of_code(self.exit_code)
-        hint = shm_hint(self.exit_code, (given, *self.last_lines))
-        return f"{reason}; {hint}" if hint else reason
+        lines = (line for text in (given, *self.last_lines) for line in text.splitlines())
+        return shm_reason(self.exit_code, lines) or given or _reason_of_code(self.exit_code)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from cvtrainer.run import UserError
 from launcher.errors import nearest
@@ -211,10 +211,13 @@ def load(
 
 
 def _collate(items: list[tuple[torch.Tensor, int] | BrokenImage]) -> tuple[torch.Tensor, torch.Tensor] | BrokenImage:
+    """torch's own collation puts a worker's batch into shared memory at once, so that a full /dev/shm is an error of
+    the worker. Left to the queue's thread, the batch would be lost and training would wait for it for ever."""
     good = [item for item in items if not isinstance(item, BrokenImage)]
     if len(good) < len(items):
         return next(item for item in items if isinstance(item, BrokenImage))
-    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+    images, labels = default_collate([(image, torch.tensor(label)) for image, label in good])
+    return images, labels
 
 
 def _outlive_signals(_: int) -> None:

@@ -323,13 +323,16 @@ def make_learner(session: Session, net: nn.Module) -> Learner:
 
 
 def finished(session: Session, progress: Progress) -> bool:
+    """As the recipe says, or earlier where nothing gets better or $CVLAUNCH_MAX_STEPS are done."""
+    if progress.step >= session.run.max_steps:
+        return True
     patience = session.config.patience
     bored = patience is not None and progress.epoch - progress.best_epoch >= patience
     return progress.epoch >= session.config.epochs or bored
 
 
 def train_epoch(session: Session, learner: Learner) -> Pace:
-    """From `progress.batch` to the end of the epoch; Preempted, with a checkpoint, if asked to stop."""
+    """From `progress.batch` to the end of the epoch or of all steps; Preempted, with a checkpoint, if asked to stop."""
     ranks, progress = session.run.ranks, learner.progress
     batches = Batches(
         count=len(session.train),
@@ -350,9 +353,12 @@ def train_epoch(session: Session, learner: Learner) -> Pace:
         rate = train_step(session, learner, images=images, labels=labels)
         batch = learner.progress.batch + 1
         learner.progress = replace(learner.progress, batch=batch, step=learner.progress.step + 1)
-        if batch % every == 0 or batch == session.steps:
+        last = batch == session.steps or learner.progress.step >= session.run.max_steps
+        if batch % every == 0 or last:
             log_training(session, learner, rate=rate)
-    speed = len(batches) * session.batch * ranks.world / (time.monotonic() - began)
+        if last:
+            break
+    speed = (learner.progress.batch - progress.batch) * session.batch * ranks.world / (time.monotonic() - began)
     save_if_due(session, learner, anyway=True)
     return Pace(rate, speed)
 

@@ -13,9 +13,10 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +347,7 @@ def callbacks(session: Session, clock: Clock) -> dict[str, Callable[[Any], None]
     return {
         "on_train_start": lambda trainer: check_labels(session, trainer),
         "on_train_epoch_start": lambda trainer: begin_epoch(session, clock, trainer=trainer),
-        "on_train_batch_end": lambda trainer: stop_if_asked(session, clock, trainer=trainer),
+        "on_train_batch_end": lambda trainer: end_batch(session, clock, trainer=trainer),
         "on_model_save": lambda trainer: end_epoch(session, clock, trainer=trainer),
         "on_val_batch_start": count_confident_boxes,
     }
@@ -382,15 +383,39 @@ def begin_epoch(session: Session, clock: Clock, *, trainer: Any) -> None:
     torch.manual_seed(third)
     if trainer.train_loader.generator is not None:
         trainer.train_loader.generator.manual_seed(third)
-    limit_prefetch((trainer.train_loader, trainer.test_loader), session.loading.prefetch)
+    for loader in (trainer.train_loader, trainer.test_loader):
+        fit_into_shm(loader, session.loading.prefetch)
     clock.batch, clock.epoch_began = 0, time.monotonic()
 
 
-def limit_prefetch(loaders: Iterable[Any], prefetch: int) -> None:
-    """Of loaders that have not begun. Ultralytics has no setting for it, and builds new ones if a GPU is too small."""
-    for loader in loaders:
-        if loader.num_workers:
-            loader.prefetch_factor = min(loader.prefetch_factor, prefetch)
+def fit_into_shm(loader: Any, prefetch: int) -> None:
+    """Before it begins. Ultralytics has no setting for it, and builds new loaders when a GPU's memory is too small."""
+    if loader.num_workers and getattr(loader.collate_fn, "func", None) is not shared_batch:
+        loader.prefetch_factor = min(loader.prefetch_factor, prefetch)
+        loader.collate_fn = partial(shared_batch, loader.collate_fn)
+
+
+def shared_batch(collate: Callable[[Any], dict[str, Any]], items: Any) -> dict[str, Any]:
+    """The batch in shared memory, so that a full /dev/shm is an error of the worker.
+
+    Left to the queue's thread, the batch would be lost and training would wait for it for ever.
+    """
+    batch = collate(items)
+    for value in batch.values():
+        if isinstance(value, torch.Tensor):
+            value.share_memory_()
+    return batch
+
+
+def end_batch(session: Session, clock: Clock, *, trainer: Any) -> None:
+    """With `stop` set, Ultralytics ends the epoch here: it validates, saves and is done."""
+    stop_if_asked(session, clock, trainer=trainer)
+    if steps_done(clock, trainer) >= session.run.max_steps:
+        trainer.stop = True
+
+
+def steps_done(clock: Clock, trainer: Any) -> int:
+    return int(trainer.epoch * len(trainer.train_loader) + clock.batch)
 
 
 def stop_if_asked(session: Session, clock: Clock, *, trainer: Any) -> None:
@@ -404,16 +429,15 @@ def stop_if_asked(session: Session, clock: Clock, *, trainer: Any) -> None:
         asked = bool(vote.item())
     clock.batch += 1
     if asked:
-        step = trainer.epoch * len(trainer.train_loader) + clock.batch
         kept = newest_checkpoint(session.run.layout.checkpoints)
         until = f"the checkpoint of step {kept.name} is kept" if kept else "no epoch was complete yet"
-        raise Preempted(f"preempted at step {step}; {until}")
+        raise Preempted(f"preempted at step {steps_done(clock, trainer)}; {until}")
 
 
 def end_epoch(session: Session, clock: Clock, *, trainer: Any) -> None:
     """Rank 0 alone, when last.pt has been written: metrics, a line, a checkpoint."""
     epoch = trainer.epoch + 1
-    step = epoch * len(trainer.train_loader)
+    step = steps_done(clock, trainer)
     train_values, val_values = epoch_values(session, clock, trainer=trainer)
     if session.recorder:
         session.recorder.log(step, epoch, split="train", values=train_values)
@@ -433,7 +457,7 @@ def end_epoch(session: Session, clock: Clock, *, trainer: Any) -> None:
 def epoch_values(session: Session, clock: Clock, *, trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
     """(train, val) under our names."""
     losses = {name.removeprefix("train/"): float(v) for name, v in trainer.label_loss_items(trainer.tloss).items()}
-    images = len(trainer.train_loader) * session.config.batch * session.run.ranks.world
+    images = clock.batch * session.config.batch * session.run.ranks.world
     speed = round(images / max(time.monotonic() - clock.epoch_began, 1e-9), 2)
     rate = float(next(iter(trainer.lr.values())))
     train_values = {"loss": sum(losses.values()), **losses, "lr": rate, "images_per_second": speed}

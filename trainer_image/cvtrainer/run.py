@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -95,6 +96,16 @@ class Run:
             wanted = os.environ.get(channel_variable(name)) or self.layout.channel(name)
             raise UserError(f"the data channel {name!r} is missing: {wanted} does not exist")
         return folder
+
+    @property
+    def max_steps(self) -> float:
+        """$CVLAUNCH_MAX_STEPS: after so many steps training ends as after the last epoch; infinite without it."""
+        text = os.environ.get("CVLAUNCH_MAX_STEPS")
+        if not text:
+            return math.inf
+        if not text.isdecimal() or not int(text):
+            raise UserError(f"CVLAUNCH_MAX_STEPS is {text!r}; expected a number of steps, 1 or more")
+        return int(text)
 
     def say(self, text: str) -> None:
         """One line on stdout, from rank 0 alone."""

@@ -18,6 +18,7 @@ from launcher.contract import CODE, JOB, JobFile
 from launcher.digest import text_digest
 from launcher.errors import SpecError, UnsupportedError
 from launcher.paths import templates_folder
+from launcher.shm import shm_words
 from launcher.stores import join_uri, scheme
 
 __all__ = ["eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
@@ -107,6 +108,7 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
     if job.code_archive:
         files[CODE] = job.code_archive
     missing = tuple(_placeholders(backend, template))
+    shm = _shm(job, backend)
     return Plan(
         run_id=run_id,
         backend=backend.name,
@@ -115,10 +117,26 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
         job_digest=job.digest,
         plan_sha=text_digest(text),
         outputs=(Output(join_uri(job.output, run_id)),),
+        shm=shm,
         unpinned=job.unpinned,
-        warnings=(*job.warnings, *(f"{where} must be given before this can be sent" for where in missing)),
+        warnings=(
+            *job.warnings,
+            *([shm] if _shm_is_short(job, backend) else []),
+            *(f"{where} must be given before this can be sent" for where in missing),
+        ),
         placeholders=missing,
     )
+
+
+def _shm(job: Job, backend: Backend) -> str:
+    there = backend.rules.shm
+    return shm_words(job.shm, backend.name, how=there.how, size=there.size, source=there.source)
+
+
+def _shm_is_short(job: Job, backend: Backend) -> bool:
+    """Whether the platform fixes it at less than the job asks for."""
+    there = backend.rules.shm
+    return not there.how and there.size is not None and (job.shm or 0) > there.size
 
 
 def _placeholders(backend: Backend, template: str) -> Iterator[str]:

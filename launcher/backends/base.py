@@ -197,7 +197,7 @@ class Plan:
     plan_sha: str
     outputs: tuple[Output, ...]
     shm: str = ""
-    """A sentence: how much shared memory there will be, who sets it, and what follows if it is too little."""
+    """How much shared memory there will be, who sets it, and what follows if it is too little; a line for people."""
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ from launcher.contract import (
 from launcher.logfiles import follow_logs
 from launcher.process import ProcessId, with_variable
 from launcher.quantities import format_size
-from launcher.rules import ContainerRules
+from launcher.rules import ContainerRules, Shm
 from launcher.status import State, Status
 from launcher.stores import Store, open_store, path_of, scheme
 from launcher.supervisor import Record, SupervisorFolder, start
@@ -100,7 +100,7 @@ class LocalBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 0.0
-    rules: ClassVar[ContainerRules] = ContainerRules(container=False)
+    rules: ClassVar[ContainerRules] = ContainerRules(container=False, shm=Shm(source="it is the machine's own"))
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),
         Feature.MULTI_NODE: Support(False, "this is one machine; write resources.nodes: 1"),

@@ -98,6 +98,7 @@ def _explained(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "channels": channels,
         "movers": dict(transport.movers),
         "secrets": sorted(job.spec.secrets),
+        "shm": plan.shm,
         "unpinned": list(plan.unpinned),
         "warnings": list(plan.warnings),
     }
@@ -128,6 +129,7 @@ def _print_explanation(facts: dict[str, Any], out: Out) -> None:
             "plan digest": facts["plan_sha"],
             "output": ", ".join(output["uri"] for output in facts["outputs"]),
             "secrets": ", ".join(facts["secrets"]),
+            "shared memory": facts["shm"],
         }
     )
     out.data("")

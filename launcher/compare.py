@@ -1,17 +1,27 @@
-"""Are two runs the same job? Equal digests say so; else the list of what differs, and apart from it where they ran."""
+"""Are two runs the same job? Equal digests say so; else the list of what differs.
+
+Apart from it: what they were told besides, and what they had around them (environment.json).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.ledger import RunRecord
+from launcher.quantities import format_size
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "Surroundings", "compare"]
 
 _ABSENT = "-"
+_LEFT_OUT = ("gpus", "hostname", "packages", "packages_changed", "user")
+"""Keys of environment.json that are told in another way, or differ between any two runs."""
+_IN_THE_JOB = ("code.sha256", "image.config_digest")
+_SIZES = ("memory", "shm")
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,16 @@ class Comparison:
     """differences: what the job digest covers. elsewhere: what it leaves out, such as target and name.
 
     unpinned: what no digest vouches for in one of the runs, so that it may differ all the same.
+    surroundings, packages: what the runs found where they ran; empty if `not_compared` says why.
     """
 
     identical: bool
     differences: tuple[Difference, ...]
     elsewhere: tuple[Difference, ...]
     unpinned: tuple[str, ...]
+    surroundings: tuple[Difference, ...] = ()
+    packages: tuple[Difference, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -44,11 +58,50 @@ class Comparison:
             "differences": [vars(difference) for difference in self.differences],
             "elsewhere": [vars(difference) for difference in self.elsewhere],
             "unpinned": list(self.unpinned),
+            "surroundings": [vars(difference) for difference in self.surroundings],
+            "packages": [vars(difference) for difference in self.packages],
+            "not_compared": list(self.not_compared),
         }
 
 
-def compare(a: RunRecord, b: RunRecord) -> Comparison:
-    """What is compared is what was sent, kept in the run files: no store and no platform is asked."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run had around it, as text. why_not: why nothing is known of it."""
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    why_not: str = ""
+
+    @classmethod
+    def from_json(cls, environment: Mapping[str, object]) -> Surroundings:
+        """Of environment.json, by whatever version it was written."""
+        gpus, packages = environment.get("gpus"), environment.get("packages")
+        rest = {key: value for key, value in environment.items() if key not in _LEFT_OUT}
+        facts = {"gpus": _gpus(gpus) if isinstance(gpus, list) else None, **{k: _amount(k, v) for k, v in rest.items()}}
+        told = {key: text for key, text in _flat(facts) if key not in _IN_THE_JOB}
+        others = packages.items() if isinstance(packages, Mapping) else ()
+        return cls(told, {str(name): str(version) for name, version in others if name not in told})
+
+
+def compare(a: RunRecord, b: RunRecord, around: tuple[Surroundings, Surroundings] | None = None) -> Comparison:
+    """The jobs are compared as they were sent, by the run files: no platform is asked.
+
+    around: what the two runs had around them, if that is to be compared, too.
+    """
+    found = _compare_jobs(a, b)
+    if around is None:
+        return found
+    if unknown := tuple(one.why_not for one in around if one.why_not):
+        return dataclasses.replace(found, not_compared=unknown)
+    one, other = around
+    return dataclasses.replace(
+        found,
+        surroundings=tuple(_differences(one.facts, other.facts)),
+        packages=tuple(sorted(_differences(one.packages, other.packages), key=lambda d: d.key)),
+    )
+
+
+def _compare_jobs(a: RunRecord, b: RunRecord) -> Comparison:
     digests = a.plan["job_digest"], b.plan["job_digest"]
     identical = digests[0] == digests[1]
     differences = () if identical else tuple(_differences(_job_facts(a), _job_facts(b)))
@@ -115,6 +168,21 @@ def _other_facts(record: RunRecord) -> dict[str, str]:
         "cvlaunch": job.get("cvlaunch"),
     }
     return dict(_flat(facts))
+
+
+def _gpus(gpus: Sequence[object]) -> str:
+    """`2 × NVIDIA H200 (139.8 GiB)`; no word of their serial numbers, and none of the driver, which has its own key."""
+    kinds = Counter(_gpu(gpu) for gpu in gpus if isinstance(gpu, Mapping))
+    return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()) or "none"
+
+
+def _gpu(gpu: Mapping[str, object]) -> str:
+    size = gpu.get("memory")
+    return f"{gpu.get('name')} ({format_size(size)})" if isinstance(size, int) else str(gpu.get("name"))
+
+
+def _amount(key: str, value: object) -> object:
+    return format_size(value) if key in _SIZES and isinstance(value, int) else value
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -57,7 +57,8 @@ class RunRecord:
     """One run. Times are Unix seconds.
 
     target: the target as it was, so that handles outlive targets.yaml. owner: the process that is submitting it.
-    plan: text and digests. synced: folder of this machine that results were brought to.
+    plan: text and digests. synced: folder of this machine that results were brought to. rerun_of: the earlier run whose
+    job this is.
     """
 
     run_id: str
@@ -78,6 +79,7 @@ class RunRecord:
     unseen_since: float | None = None
     synced: str | None = None
     attempt: int = 1
+    rerun_of: str | None = None
     version: int = 1
 
     def to_json(self) -> dict[str, Any]:

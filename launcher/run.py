@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import json
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher import contract
-from launcher.backends.base import Backend, Handle, LogLine, Plan
-from launcher.errors import CvlaunchError, JobFailedError, SpecError, UnreachableError
+from launcher.backends.base import Backend, Feature, Handle, LogLine, Plan, features_missing
+from launcher.compare import Comparison, Surroundings, compare
+from launcher.errors import CvlaunchError, JobFailedError, SpecError, UnreachableError, UnsupportedError
 from launcher.ledger import Ledger, RunRecord, RunSummary
 from launcher.logfiles import follow_logs
 from launcher.metrics import Metrics, Point, Reader
 from launcher.quantities import format_duration
+from launcher.rerun import prepare_again
 from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
@@ -224,6 +229,35 @@ class Run:
             data = synced.read_bytes()
         return Metrics.from_bytes(data)
 
+    def environment(self) -> dict[str, Any] | None:
+        """What environment.json says of the image, the packages and the machine; None as long as it says nothing.
+
+        From the output store; from the synced folder where the store has it no more, or does not answer.
+        """
+        synced = contract.read_json(Path(self._record.synced) / contract.ENVIRONMENT) if self._record.synced else None
+        try:
+            found = json.loads(self.store().read(contract.ENVIRONMENT))
+        except (FileNotFoundError, ValueError):
+            return synced
+        except UnreachableError:
+            if synced is None:
+                raise
+            return synced
+        return found if isinstance(found, dict) else synced
+
+    def diff(self, other: Run) -> Comparison:
+        """Whether the other is the same job, and what else differs: what a run had around it counts for no job."""
+        return compare(self._record, other._record, (self._surroundings(), other._surroundings()))
+
+    def _surroundings(self) -> Surroundings:
+        try:
+            found = self.environment()
+        except (CvlaunchError, OSError) as error:
+            return Surroundings(why_not=f"{self.id}: {error}")
+        if found is None:
+            return Surroundings(why_not=f"{self.id}: no {contract.ENVIRONMENT} in {self.output}")
+        return Surroundings.from_json(found)
+
     def report(self, to: Path | str | None = None) -> Path:
         """Syncs what a report needs and writes a self-contained HTML page; its path."""
         from launcher.report import write_report
@@ -240,6 +274,35 @@ class Run:
     def resume(self) -> Run:
         """Sends it again: what did not arrive, or what ended too early and goes on from its newest checkpoint."""
         return Run(resend(self._record, ledger=self._ledger), self._ledger)
+
+    def rerun(self, *, backend: str | None = None, target: str | None = None, settings: Sequence[str] = ()) -> Run:
+        """Sends its job afresh as a run of its own, to the same target unless another is given.
+
+        The code is the archive that was sent, unless a setting begins with `code`; data and image are looked up again,
+        so that `diff` may tell of changes.
+        """
+        how = {"backend": backend, "target": target}
+        with prepare_again(self._record, self.store(), **how, settings=settings, ledger=self._ledger) as prepared:
+            return Run(send(prepared, ledger=self._ledger), self._ledger)
+
+    def exec(self, command: Sequence[str], *, tty: bool | None = None) -> int:
+        """Runs a command beside this run, with its environment and our standard streams; the command's exit code.
+
+        tty: give it a terminal; None does so if standard input and output are one. SpecError for a run that is not
+        going on, UnsupportedError for a backend that can't.
+        """
+        backend = self._open_backend()
+        for _, reason in features_missing(type(backend), [Feature.EXEC]):
+            raise UnsupportedError(f"the {backend.name} backend runs no command beside a run: {reason}")
+        if isinstance(command, str) or not command:
+            raise SpecError(f"{command!r} is not a command; a command looks like ['nvidia-smi', '-L']")
+        status = self.status()
+        if status.state.terminal:
+            raise SpecError(f"{self.id} has ended: {status.state}; a command runs only beside a run that is going on")
+        if self.handle is None:
+            raise SpecError(f"{self.id} is {status.state}; a command runs only beside a run that is going on")
+        tty = sys.stdin.isatty() and sys.stdout.isatty() if tty is None else tty
+        return backend.exec(self.handle, command, tty=tty)
 
     def remove(self, *, remote: bool = False) -> None:
         """Forgets an ended run; remote: also deletes what the platform and the output store hold of it."""

@@ -14,7 +14,7 @@ import os
 import secrets as random_source
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,16 @@ _DRY_RUN_ID = "render-0000000000"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A resolved job and the backend that takes it. Valid inside the `prepare` block: the code archive goes with it."""
+    """A resolved job and the backend that takes it. Valid inside the `prepare` block: the code archive goes with it.
+
+    rerun_of: the earlier run whose job this is.
+    """
 
     job: Job
     backend: Backend
     folder: Path
     template: str
+    rerun_of: str | None = None
 
     def plan(self, run_id: str = _DRY_RUN_ID) -> Plan:
         return make_plan(self.job, self.backend, run_id, template=self.template)
@@ -82,9 +86,13 @@ def prepare(
     settings: Sequence[str] = (),
     folder: Path | None = None,
     online: bool = True,
+    make: Callable[[str], None] | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Prepared]:
-    """Reads and resolves. folder: what relative paths start from; that of the job file, or the current one."""
+    """Reads and resolves. folder: what relative paths start from; that of the job file, or the current one.
+
+    make: as in `resolve`.
+    """
     path = None if isinstance(job, JobSpec) else Path(job)
     folder = folder or (path.absolute().parent if path else Path.cwd())
     spec = job if isinstance(job, JobSpec) else load_job(Path(job), settings)
@@ -101,6 +109,7 @@ def prepare(
                 scratch=Path(scratch),
                 ledger=ledger or Ledger(),
                 online=online,
+                make=make,
             )
         except SpecError as error:
             raise _placed(error, path) from error
@@ -182,6 +191,7 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
             "image": dataclasses.asdict(job.image) if job.image else None,
         },
         tags=job.spec.tags,
+        rerun_of=prepared.rerun_of,
     )
 
 

@@ -21,11 +21,12 @@ ROWS = [
     "stores",
     "backends.base manifest supervisor sync",
     "logfiles",
-    "backends.local code notify plan report runner starter watch",
+    "backends.local code image notify plan report runner starter watch",
     "backends ledger",
     "targets",
     "resolve",
     "compare submission",
+    "rerun",
     "run",
     "testing cli launcher",
 ]

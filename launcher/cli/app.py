@@ -36,6 +36,7 @@ SECTIONS = {
         "logs": ("results:logs", "Print a run's log."),
         "metrics": ("results:metrics", "Print a run's metrics by epoch."),
         "diff": ("results:diff", "Say whether two runs are the same job."),
+        "exec": ("executing:execute", "Run a command beside a run that is going on."),
     },
     "Results": {
         "sync": ("results:sync", "Bring a run's files to this machine."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.app import Interrupted
-from launcher.cli.options import find_run, json_option, run_argument, runs_argument
+from launcher.cli.options import complete_runs, find_run, json_option, run_argument, runs_argument
 from launcher.cli.out import Column, Out, clean
 from launcher.errors import SpecError
 from launcher.metrics import Metrics, Point, format_value
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from launcher.run import Run
 
 __all__ = ["diff", "logs", "metrics", "print_metrics", "report", "sync"]
+
+_MOST_PACKAGES = 10
 
 
 @click.command()
@@ -142,38 +144,48 @@ def _interest(name: str) -> int:
 
 
 @click.command()
-@click.argument("one", metavar="RUN")
-@click.argument("other", metavar="RUN")
+@click.argument("one", metavar="RUN", shell_complete=complete_runs)
+@click.argument("other", metavar="RUN", shell_complete=complete_runs)
+@click.option("--all", "all_packages", is_flag=True, help="Name every package that differs, however many.")
 @json_option
-def diff(*, one: str, other: str, out: Out) -> int:
+def diff(*, one: str, other: str, all_packages: bool, out: Out) -> int:
     """Say whether two runs are the same job.
 
-    Exits with 0 if they are, with 1 and a list of the differences if they are not. Where they ran is told apart from
-    what they do; what no digest covers is listed as unpinned.
+    Exits with 0 if they are, with 1 and a list of the differences if they are not. What they were told besides, and
+    what they had around them (machine, versions, packages), is told apart; what no digest covers is listed as unpinned.
     """
-    from launcher.compare import compare
-
-    found = compare(find_run(one).record, find_run(other).record)
+    found = find_run(one).diff(find_run(other))
     if out.as_json:
         out.document(found.to_json())
     else:
-        _print_comparison(found, out)
+        _print_comparison(found, out, all_packages=all_packages)
     return 0 if found.identical else 1
 
 
-def _print_comparison(found: Comparison, out: Out) -> None:
+def _print_comparison(found: Comparison, out: Out, *, all_packages: bool) -> None:
     out.data("identical job" if found.identical else "different jobs")
-    for title, differences in (("", found.differences), ("elsewhere", found.elsewhere)):
-        if differences and title:
-            out.data(f"{title}:")
-        _print_differences(differences, out)
+    _print_differences("", found.differences, out)
+    _print_differences("elsewhere", found.elsewhere, out)
+    around = [str(difference) for difference in found.surroundings]
+    around += _package_lines(found.packages, all_packages=all_packages)
+    _print_differences("same job, other surroundings" if found.identical else "other surroundings", around, out)
+    for reason in found.not_compared:
+        out.data(clean(f"surroundings not compared: {reason}", colours=False))
     for reason in found.unpinned:
         out.data(f"unpinned: {reason}")
 
 
-def _print_differences(differences: Sequence[Difference], out: Out) -> None:
+def _print_differences(title: str, differences: Sequence[Difference | str], out: Out) -> None:
+    if differences and title:
+        out.data(f"{title}:")
     for difference in differences:
         out.data(clean(f"  {difference}", colours=False))
+
+
+def _package_lines(packages: Sequence[Difference], *, all_packages: bool) -> list[str]:
+    if len(packages) > _MOST_PACKAGES and not all_packages:
+        return [f"packages: {len(packages)} differ; --all names them"]
+    return [f"package {difference}" for difference in packages]
 
 
 @click.command()

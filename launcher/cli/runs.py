@@ -152,6 +152,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "node": seen.node,
         "target": f"{record.target_name} ({record.backend})",
         "handle": record.handle or "",
+        "rerun of": record.rerun_of or "",
         "output": facts["output"],
         "synced to": record.synced or "",
         "job digest": facts["job_digest"],

@@ -23,6 +23,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "backend": record.backend,
         "target": record.target_name,
         "handle": record.handle,
+        "rerun_of": record.rerun_of,
         "output": join_uri(record.output, record.run_id),
         "synced": record.synced,
         "job_digest": record.plan["job_digest"],

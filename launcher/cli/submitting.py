@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,18 @@ import click
 
 from launcher.cli.app import Interrupted
 from launcher.cli.options import complete_runs, find_run, json_option, pairs, place_options, run_argument
-from launcher.cli.out import Out
+from launcher.cli.out import Out, clean
 from launcher.errors import SpecError
 
 if TYPE_CHECKING:
+    from launcher.compare import Comparison
     from launcher.run import Run
-    from launcher.spec import JobSpec
 
 __all__ = ["rerun", "submit"]
 
 _AUTO = "auto"
+_FOUND_AGAIN = ("code", "data", "image")
+"""Facts of a job that stand in no job file: they are read where it points."""
 
 
 class _Submit(click.Command):
@@ -75,7 +78,7 @@ def submit(
     push_to = how.pop("push_data")
     if push_to is not None:
         settings += _push(job, push_to, settings, how["backend"], how["target"], out)
-    run = _submit(job, settings, folder=None, **how)
+    run = _submit(job, settings, **how)
     return _announce(run, out, follow=follow, sync_to=sync_to)
 
 
@@ -98,17 +101,14 @@ def rerun(
     """Send the job of an earlier run afresh.
 
     It goes to the same target unless --target or --backend says otherwise, and to a run of its own; `cvlaunch submit
-    --resume RUN` goes on with the old one instead.
+    --resume RUN` goes on with the old one instead. The code is that of the earlier run, unless --set code.root=FOLDER
+    names a folder. Says whether it still is the identical job, or what has changed.
     """
-    from launcher.jobfile import apply_settings
-    from launcher.yamlfile import Document
-
-    record = find_run(run).record
-    spec = apply_settings(Document(Path(f"the job of {record.run_id}"), record.job["spec"]), settings)
-    if backend is None and target is None:
-        target = record.target_name
-    again = _submit(spec, (), folder=Path(record.job["folder"]), backend=backend, target=target, run_id=None)
-    return _announce(again, out, follow=follow, sync_to=sync_to)
+    earlier = find_run(run)
+    with _sending():
+        again = earlier.rerun(backend=backend, target=target, settings=settings)
+    facts = _compare(earlier, again, settings, out)
+    return _announce(again, out, follow=follow, sync_to=sync_to, facts=facts)
 
 
 def _refuse_with_resume(settings: tuple[str, ...], tags: tuple[str, ...], how: dict[str, str | None]) -> None:
@@ -152,24 +152,26 @@ def _slug(job: Path) -> str:
 
 
 def _submit(
-    job: JobSpec | Path,
-    settings: tuple[str, ...],
-    *,
-    folder: Path | None,
-    backend: str | None,
-    target: str | None,
-    run_id: str | None,
+    job: Path, settings: tuple[str, ...], *, backend: str | None, target: str | None, run_id: str | None
 ) -> Run:
     from launcher.run import submit
 
+    with _sending():
+        return submit(job, settings=settings, backend=backend, target=target, run_id=run_id)
+
+
+@contextlib.contextmanager
+def _sending() -> Iterator[None]:
     try:
-        return submit(job, settings=settings, folder=folder, backend=backend, target=target, run_id=run_id)
+        yield
     except KeyboardInterrupt:
         raise Interrupted("interrupted while submitting; whether it was sent says: cvlaunch runs") from None
 
 
-def _announce(run: Run, out: Out, *, follow: bool, sync_to: Path | None) -> int:
-    """Prints what was submitted; then follows it, if that is wanted."""
+def _announce(
+    run: Run, out: Out, *, follow: bool, sync_to: Path | None, facts: Mapping[str, object] | None = None
+) -> int:
+    """Prints what was submitted; then follows it, if that is wanted. facts: more of them for --json."""
     from launcher.cli.shapes import run_json
 
     if sync_to is not None and not follow:
@@ -182,13 +184,34 @@ def _announce(run: Run, out: Out, *, follow: bool, sync_to: Path | None) -> int:
     for warning in record.plan["warnings"]:
         out.warn(warning)
     if not follow:
-        _print_handle(run, out, run_json(record))
+        _print_handle(run, out, {**run_json(record), **(facts or {})})
         out.note(f"follow it: cvlaunch watch {run.id}")
         return 0
     from launcher.cli.following import follow_run
 
-    _print_handle(run, out, {"type": "submitted", **run_json(record)}, line=True)
+    _print_handle(run, out, {"type": "submitted", **run_json(record), **(facts or {})}, line=True)
     return follow_run(run, out, sync_to=sync_to or Path("runs"), data_on_stderr=not out.as_json)
+
+
+def _compare(earlier: Run, again: Run, settings: Sequence[str], out: Out) -> dict[str, object]:
+    """Says whether it still is the same job; facts about that for --json."""
+    from launcher.compare import compare
+
+    found = compare(earlier.record, again.record)
+    _say_how_alike(found, earlier.id, settings, out)
+    return {"identical": found.identical, "differences": found.to_json()["differences"]}
+
+
+def _say_how_alike(found: Comparison, earlier: str, settings: Sequence[str], out: Out) -> None:
+    asked = {setting.partition("=")[0].partition(".")[0] for setting in settings}
+    if found.identical:
+        out.note(f"identical job: that of {earlier}")
+        return
+    out.note(f"not the same job as {earlier}:")
+    for difference in found.differences:
+        root = difference.key.partition(".")[0]
+        since = " changed since" if root in _FOUND_AGAIN and root not in asked else ""
+        out.note(clean(f"  {difference.key}{since}: {difference.a} → {difference.b}", colours=False))
 
 
 def _print_handle(run: Run, out: Out, value: dict[str, Any], *, line: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from launcher.contract import WEIGHTS_CHANNEL, Channel, Code
 from launcher.dataset import check_channel
 from launcher.digest import job_digest
 from launcher.errors import SpecError, UnsupportedError, nearest
+from launcher.image import NAME as TRAINER
+from launcher.image import Wanted, pin
 from launcher.ledger import Ledger
 from launcher.plan import transport_of
 from launcher.quantities import format_size
@@ -41,10 +43,13 @@ def resolve(
     scratch: Path,
     ledger: Ledger,
     online: bool = True,
+    make: Callable[[str], None] | None = None,
 ) -> Job:
     """folder: what relative paths of the job start from. scratch: gets the code archive.
 
     online: read manifests from stores; otherwise what is not on this machine stays as written, with a warning.
+    make: builds, pulls and pushes the image where that is missing, and gets the lines of the engine that does it;
+    None: the image is looked for on this machine, and nothing is made.
     """
     _check_features(spec, selected)
     output = _output(spec, selected, folder)
@@ -55,7 +60,7 @@ def resolve(
     channels = tuple(resolver.channel(name, place) for name, place in sorted(places.items()))
     code, archive = _code(spec, folder, scratch)
     shm_bytes, shm_warnings = _shm(spec, selected.backend)
-    image = Image(spec.image) if spec.image and selected.backend.rules.container else None
+    image = _image(spec, selected, folder, here=resolver.sees_this_machine(), make=make)
     return Job(
         spec=spec,
         target_name=selected.name,
@@ -165,6 +170,27 @@ def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str 
     return build_archive(root, archive, requirements=spec.code.requirements), str(archive)
 
 
+def _image(
+    spec: JobSpec, selected: Selected, folder: Path, *, here: bool, make: Callable[[str], None] | None
+) -> Image | None:
+    if not selected.backend.rules.container:
+        return None
+    wanted = Wanted(
+        target=selected.name,
+        image=spec.image,
+        folder=folder / Path(spec.build).expanduser() if spec.build else None,
+        here=here,
+        registry=selected.target.registry,
+        engine=getattr(selected.target, "engine", None),  # a key of targets whose jobs an engine of this machine runs
+        profile=selected.target.storage.profile,
+    )
+    try:
+        return pin(wanted, make=make)
+    except SpecError as error:
+        placed = type(error)(str(error), key="build" if spec.build else "image")
+        raise placed.with_traceback(error.__traceback__) from error
+
+
 def _shm(spec: JobSpec, backend: type[Backend]) -> tuple[int | None, tuple[str, ...]]:
     """(bytes, warnings); auto is what the trainer's loaders need, None for a command that nobody knows.
 
@@ -176,12 +202,11 @@ def _shm(spec: JobSpec, backend: type[Backend]) -> tuple[int | None, tuple[str, 
         return given, ()
     loaders = shm.Loaders.of_train(spec.train.model_dump(), resources.processes_per_node, gpus=resources.gpus)
     size = shm.rounded_need(loaders.need()) if given is None else given
-    capped = given is None and not features_missing(backend, [Feature.SHM])
-    if capped and resources.memory is not None:
+    if given is None and resources.memory is not None and backend.rules.shm.how:
         size = min(size, resources.memory // 2)
     if size >= loaders.need():
         return size, ()
-    half = ", half of resources.memory," if capped else ""
+    half = ", half of resources.memory," if given is None else ""
     return size, (
         f"resources.shm: {format_size(size)}{half} is less than the data loaders need ({loaders}); "
         "the runner lowers prefetch and workers",
@@ -203,9 +228,20 @@ def _unpinned(spec: JobSpec, channels: tuple[Channel, ...], image: Image | None,
     if image is None:
         yield "image: a process runs in an environment that no digest covers"
     elif image.config_digest is None:
-        yield f"image: {image.reference} is not pinned"
+        yield _why_unpinned(spec, image)
     if code and code.dirty:
         yield "code: the working tree had changes that are not committed (the archive itself is pinned)"
+
+
+def _why_unpinned(spec: JobSpec, image: Image) -> str:
+    if spec.build:
+        folder = shlex.quote(spec.build)
+        return f"build: {image.reference} is not pinned; submit builds it, and: cvlaunch image build {folder}"
+    if spec.image == TRAINER:
+        return f"image: {image.reference} is not pinned; submit builds it, and: cvlaunch image build"
+    if image.digest:
+        return f"image: {image.reference} is fixed, but the digest of its configuration is not known on this machine"
+    return f"image: {image.reference} is not pinned; push it with cvlaunch image push, or write NAME@sha256:DIGEST"
 
 
 def _shown(uri: str) -> str:
@@ -275,7 +311,7 @@ class _Resolver:
 
     def _client_folder(self, name: str, written: str, path: Path) -> Channel:
         path = path.absolute()
-        if not self._sees_this_machine():
+        if not self.sees_this_machine():
             raise SpecError(
                 f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
                 f"run: cvlaunch data push {shlex.quote(str(path))} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
@@ -290,7 +326,7 @@ class _Resolver:
                 f"{uri} can't be read by target {self.selected.name!r}; it reads {', '.join(sorted(accesses))}",
                 key=self._key(name),
             )
-        if scheme(uri) == "file" and self._sees_this_machine():
+        if scheme(uri) == "file" and self.sees_this_machine():
             self._check_folder(name, path_of(uri))
         channel = Channel(name, uri, accesses[kind])
         if not self.online and scheme(uri) != "file":
@@ -318,7 +354,7 @@ class _Resolver:
     def _key(self, name: str) -> str:
         return _key_of(self.spec, name)
 
-    def _sees_this_machine(self) -> bool:
+    def sees_this_machine(self) -> bool:
         """Whether a path means the same folder there and here."""
         return "client" in self._accesses()
 

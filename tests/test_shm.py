@@ -8,6 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.backends.base import Feature, Job, Support, Transport
+from launcher.backends.local import LocalBackend, LocalTarget
+from launcher.ledger import Ledger
+from launcher.resolve import resolve
+from launcher.rules import ContainerRules, Shm
 from launcher.shm import (
     Loaders,
     Loading,
@@ -20,7 +25,8 @@ from launcher.shm import (
     shm_words,
     size_as_written,
 )
-from launcher.spec import ClassifyConfig, DetectConfig
+from launcher.spec import ClassifyConfig, DetectConfig, JobSpec
+from launcher.targets import Selected, Targets
 
 MIB = 2**20
 
@@ -62,6 +68,67 @@ def test_the_size_that_a_platform_is_asked_for(
     loaders = Loaders.of_train(train.model_dump(), processes, gpus=gpus)
 
     assert rounded_need(loaders.need()) == expected_mib * MIB
+
+
+class Settable(LocalBackend):
+    """A platform elsewhere, where shared memory can be asked for."""
+
+    features = {**LocalBackend.features, Feature.SHM: Support(True)}  # noqa: RUF012
+    rules = ContainerRules(container=False, shm=Shm(how="--shm-size", size=64 * MIB, source="its manual"))
+    transports = {"s3": Transport({"file": "path"}, LocalBackend.transports["s3"].movers)}  # noqa: RUF012
+
+
+class Fixed(Settable):
+    rules = ContainerRules(container=False, shm=Shm(size=64 * MIB, source="its manual"))
+
+
+def resolved(folder: Path, backend: type[LocalBackend], **keys: object) -> Job:
+    data = {name: f"target:/mnt/{name}" for name in ("train", "val")}
+    spec = JobSpec.model_validate({"name": "x", "data": data, **keys})
+    selected = Selected("far", LocalTarget(output="s3://bucket/runs"), backend, folder)  # type: ignore[arg-type]
+    return resolve(spec, selected, folder=folder, targets=Targets(), scratch=folder, ledger=Ledger(folder / "ledger"))
+
+
+LARGE = {"task": "classify", "workers": 8, "batch": 64, "image_size": 256}
+"""255 MiB."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "train", "resources", "expected_mib", "warning"),
+    [
+        (Settable, LARGE, {}, 256, ""),
+        (Settable, LARGE, {"memory": "4Gi"}, 256, ""),
+        (Settable, LARGE, {"memory": "510Mi"}, 255, ""),
+        (
+            Settable,
+            LARGE,
+            {"memory": "256Mi"},
+            128,
+            "resources.shm: 128.0 MiB, half of resources.memory, is less than the data loaders need (255.0 MiB: "
+            "8 workers, prefetch 2, batches of 12.0 MiB); the runner lowers prefetch and workers",
+        ),
+        (Settable, LARGE, {"shm": "64Mi"}, 64, "resources.shm: 64.0 MiB is less than the data loaders need (255.0 MiB"),
+        (Settable, LARGE, {"shm": "1Gi", "memory": "1Gi"}, 1024, ""),
+        (Settable, {**LARGE, "workers": 0}, {"memory": "100Mi"}, 50, ""),
+        (Fixed, LARGE, {"memory": "256Mi"}, 256, ""),
+        (Settable, None, {}, None, ""),
+        (Settable, None, {"shm": "1Gi"}, 1024, ""),
+    ],
+)
+def test_a_job_asks_for_what_its_loaders_need_and_never_for_more_than_half_the_memory(
+    tmp_path: Path,
+    backend: type[LocalBackend],
+    train: object,
+    resources: object,
+    expected_mib: int | None,
+    warning: str,
+) -> None:
+    work = {"train": train} if train else {"command": ["true"]}
+    job = resolved(tmp_path, backend, resources=resources, **work)
+
+    assert job.shm == (None if expected_mib is None else expected_mib * MIB)
+    about = [text for text in job.warnings if text.startswith("resources.shm")]
+    assert len(about) == bool(warning) and all(text.startswith(warning) for text in about)
 
 
 CLASSIFY = Loaders("classify", 64, 256, Loading(8, 2))

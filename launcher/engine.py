@@ -7,26 +7,36 @@ here as they count there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import AuthError, CapacityError, CvlaunchError, SpecError, UnreachableError, UnsupportedError
+from launcher.paths import cache_folder
+from launcher.process import descendants
 
 __all__ = [
     "ENGINES",
     "ENGINE_VARIABLE",
+    "BuildOptions",
     "Container",
     "ContainerOptions",
     "Engine",
     "LocalImage",
     "Mount",
+    "Step",
+    "build_error",
     "engine_error",
     "find_engine",
 ]
@@ -39,6 +49,8 @@ ENGINE_VARIABLE = "CVLAUNCH_ENGINE"
 _ASK_S = 60.0
 _TAIL = 20
 """Lines of an engine's output that an error is read from."""
+_NO_VARIABLES: Mapping[str, str] = {}
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +104,9 @@ class ContainerOptions:
 
     user: `uid:gid`; None is the caller, so that what it writes belongs to whoever started it. shm, memory: bytes.
     tmpfs: path → bytes. gpus: UUIDs or indices. passwd: whether an arbitrary user gets an entry in /etc/passwd (Podman
-    does that by default, Docker never). entrypoint: replaces the image's; arguments follow it. keep_stdin: the
-    container reads our standard input.
+    does that by default, Docker never). entrypoint: replaces the image's; arguments follow it. init: the engine's own
+    first process stands before the command. keep_stdin: the container reads our standard input. inherit: variables whose values are ours, and stand on no command line.
+    id_file: gets the container's id as soon as there is one. proxy_signals: what the client gets, the container gets.
     """
 
     image: str
@@ -116,7 +129,31 @@ class ContainerOptions:
     passwd: bool = True
     drop_capabilities: bool = False
     stop_signal: str | None = None
+    init: bool = False
     keep_stdin: bool = False
+    inherit: tuple[str, ...] = ()
+    id_file: str | None = None
+    proxy_signals: bool = True
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """dockerfile: its path. args: build arguments. more: further words of the engine's own."""
+
+    tag: str
+    dockerfile: Path
+    platform: str
+    args: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    more: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One instruction of an image. size: bytes of its layer; 0 if it made none."""
+
+    size: int
+    made_by: str
 
 
 @dataclass(frozen=True)
@@ -127,12 +164,12 @@ class Engine:
     program: str
     rootless: bool = False
 
-    def read(self, *arguments: str, timeout: float = _ASK_S) -> str:
+    def read(self, *arguments: str, stdin: str = "", timeout: float = _ASK_S) -> str:
         """What it prints. Its failure is one of our errors."""
         try:
             done = subprocess.run(
                 [self.program, *arguments],
-                stdin=subprocess.DEVNULL,
+                input=stdin,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -147,21 +184,35 @@ class Engine:
             raise engine_error(self.name, arguments[0], done.stderr or done.stdout)
         return done.stdout
 
-    def follow(self, arguments: Sequence[str], say: Callable[[str], None]) -> str:
-        """Like `read`, for what takes long: passes on each line as it comes, standard error, too. Returns them all."""
+    def follow(
+        self,
+        arguments: Sequence[str],
+        say: Callable[[str], None],
+        *,
+        env: Mapping[str, str] = _NO_VARIABLES,
+        failed: Callable[[str, str, str], CvlaunchError] | None = None,
+    ) -> str:
+        """Like `read`, for what takes long: passes on each line as it comes, standard error, too. Returns them all.
+
+        env: beside ours. failed: makes the error, like `engine_error`, from the last lines.
+        """
         lines: list[str] = []
-        for line in self._lines(arguments):
+        for line in self._lines(arguments, env, failed or engine_error):
             lines.append(line)
             say(line)
         return "\n".join(lines)
 
-    def _lines(self, arguments: Sequence[str]) -> Iterator[str]:
+    def _lines(
+        self, arguments: Sequence[str], env: Mapping[str, str], failed: Callable[[str, str, str], CvlaunchError]
+    ) -> Iterator[str]:
         tail: list[str] = []
         with subprocess.Popen(
             [self.program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            process_group=0,  # Ctrl-C in a terminal reaches us alone: Podman would leave a running step behind
             text=True,
             errors="replace",
         ) as process:
@@ -171,10 +222,10 @@ class Engine:
                     tail = [*tail[-_TAIL:], line.rstrip()]
                     yield line.rstrip()
             except BaseException:  # Ctrl-C: nothing goes on behind our back
-                process.terminate()
+                _stop(process)
                 raise
         if process.returncode:
-            raise engine_error(self.name, arguments[0], "\n".join(tail))
+            raise failed(self.name, arguments[0], "\n".join(tail))
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -186,7 +237,28 @@ class Engine:
             found: list[dict[str, Any]] = json.loads(self.read("image", "inspect", reference))
         except SpecError:
             return None
-        return _local_image(found[0]) if found else None
+        return self._by_config(_local_image(found[0]), found[0]) if found else None
+
+    def _by_config(self, image: LocalImage, found: Mapping[str, Any]) -> LocalImage:
+        """Docker's containerd store, the usual one since Docker 29, calls an image by its manifest's digest."""
+        kind = (found.get("Descriptor") or {}).get("mediaType", "")
+        if not re.search(r"manifest|index", kind):
+            return image
+        return dataclasses.replace(image, config_digest=_noted(image.config_digest, self._saved_config))
+
+    def _saved_config(self, image: str) -> str:
+        """The configuration's digest, from the archive that `docker save` writes; no other command tells it."""
+        command = [self.program, "image", "save", image]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as saving:
+            try:
+                with tarfile.open(fileobj=saving.stdout, mode="r|") as archive:
+                    for member in archive:
+                        if member.name == "manifest.json" and (file := archive.extractfile(member)):
+                            config: str = json.loads(file.read())[0]["Config"]
+                            return _sha256(config.rpartition("/")[2].removesuffix(".json"))
+            except tarfile.TarError:
+                saving.kill()
+        raise SpecError(f"docker does not say what {image} is made of", key="image")
 
     def _buildah_image(self, reference: str) -> LocalImage | None:
         try:
@@ -206,6 +278,65 @@ class Engine:
             user=config["config"].get("User") or "",
         )
 
+    def build(self, context: Path, options: BuildOptions, *, say: Callable[[str], None]) -> None:
+        """Makes the image and gives it its tag. SpecError, with the last lines, if a step of the Dockerfile fails."""
+
+        def failed(engine: str, action: str, output: str) -> CvlaunchError:
+            return build_error(engine, output, str(options.dockerfile))
+
+        self.follow([*self._build_words(), *_build_options(options), str(context)], say, env=_BUILDKIT, failed=failed)
+
+    def _build_words(self) -> list[str]:
+        """Without attestations: what is pushed is one image, which every platform takes, not an index of images."""
+        if self.name != "docker":
+            return ["build"]
+        try:
+            self.read("buildx", "version")
+        except CvlaunchError:
+            return ["build", "--progress=plain"]
+        return ["buildx", "build", "--load", "--provenance=false", "--progress=plain"]
+
+    def push(self, source: str, to: str, *, options: Sequence[str], say: Callable[[str], None]) -> str:
+        """Gives the image the name `to` and brings it to its registry. The manifest's digest there."""
+        if self.name == "docker":
+            self.read("tag", source, to)
+            found: list[str] = re.findall(r"digest: (sha256:[0-9a-f]{64})", self.follow(["push", *options, to], say))
+        else:
+            with tempfile.TemporaryDirectory(prefix="cvlaunch-push-") as scratch:
+                file = Path(scratch, "digest")
+                self.follow(["push", "--digestfile", str(file), *options, source, f"docker://{to}"], say)
+                found = file.read_text().split()
+            self.read("tag", source, to)
+        if not found:
+            raise SpecError(f"{self.name} pushed {to} and does not say its digest")
+        return found[-1]
+
+    def login(self, registry: str, user: str, password: str) -> None:
+        """The password goes through standard input, where nobody else can read it."""
+        self.read("login", "--username", user, "--password-stdin", registry, stdin=password)
+
+    def steps(self, reference: str) -> list[Step]:
+        """What made the image, the newest step first; empty where the engine doesn't tell."""
+        if self.name == "buildah":
+            return []
+        lines = self.read("history", "--human=false", "--no-trunc", "--format", "{{json .}}", reference).splitlines()
+        found = [entry for line in lines for entry in _listed(json.loads(line))]
+        return [Step(int(entry.get("size", entry.get("Size", 0))), entry["CreatedBy"]) for entry in found]
+
+    def file_in(self, reference: str, path: str) -> bytes | None:
+        """A file of the image, which is not started for this; None if it has none, or the engine can't look."""
+        if self.name == "buildah":
+            return None
+        name = self.read("create", reference, "none").strip()
+        try:
+            with tempfile.TemporaryDirectory(prefix="cvlaunch-look-") as scratch:
+                self.read("cp", f"{name}:{path}", f"{scratch}/file")
+                return Path(scratch, "file").read_bytes()
+        except SpecError:
+            return None
+        finally:
+            self.remove(name)
+
     def pull(self, reference: str, say: Callable[[str], None]) -> LocalImage:
         """From its registry, where it isn't here. SpecError if there is no such image."""
         self.follow(["pull", reference], say)
@@ -221,10 +352,12 @@ class Engine:
         return [self.program, "run", *_run_options(self, options), options.image, *_arguments(options)]
 
     def container(self, name: str) -> Container | None:
-        """None if the engine knows of none."""
+        """None if the engine knows of none. name: or its id."""
         try:
             found: list[dict[str, Any]] = json.loads(self.read("container", "inspect", name))
-        except SpecError:
+        except SpecError as error:
+            if not re.search(r"no such container|no container with name or id", str(error), re.IGNORECASE):
+                raise
             return None
         return _container(found[0]) if found else None
 
@@ -245,6 +378,21 @@ class Engine:
     def changes(self, name: str) -> list[str]:
         """Paths in the container's own layer that were added (A), changed (C) or deleted (D): `A /root/x`."""
         return self.read("diff", name).splitlines()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ends what the engine runs for a build first, so that it can put its own things in order: Podman and Buildah end
+    at SIGTERM without a look at the step that is running. Docker's steps are its daemon's, which stops them itself.
+    """
+    steps = [child.pid for child in descendants(process.pid) if child.parent != process.pid]
+    for pid in steps:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    for stop in (process.terminate, process.kill) if not steps else (lambda: None, process.terminate, process.kill):
+        stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            return
 
 
 def find_engine(wanted: str | None = None, *, builds: bool = False, path: str | None = None) -> Engine:
@@ -286,17 +434,49 @@ def _rootless(engine: Engine) -> bool:
     return os.geteuid() != 0
 
 
+_BUILDKIT = {"DOCKER_BUILDKIT": "1"}
+"""For a client without buildx. Podman and Buildah don't read it."""
+
+
+def _build_options(options: BuildOptions) -> Iterator[str]:
+    yield from ("--tag", options.tag, "--file", str(options.dockerfile), "--platform", options.platform)
+    yield from _pairs("--build-arg", options.args)
+    yield from _pairs("--label", options.labels)
+    yield from options.more
+
+
+def _listed(value: Any) -> list[Mapping[str, Any]]:
+    """Docker prints an object a line, Podman all in one list."""
+    return value if isinstance(value, list) else [value]
+
+
+def _noted(image: str, find: Callable[[str], str]) -> str:
+    """The configuration of an image, found once."""
+    note = cache_folder() / "images" / image.removeprefix("sha256:")
+    if not note.is_file():
+        config = find(image)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+            file.write(config)
+        Path(file.name).replace(note)
+    return note.read_text()
+
+
 def _run_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
     if options.name:
         yield from ("--name", options.name)
     yield from _pairs("--label", options.labels)
     yield from _pairs("--env", options.env)
+    for name in options.inherit:
+        yield from ("--env", name)
     for mount in options.mounts:
         yield from ("--mount", _mount(mount))
     for target, size in options.tmpfs.items():
         yield from ("--tmpfs", f"{target}:rw,size={size},mode=1777")
     yield from _user_options(engine, options)
     yield from _limit_options(engine, options)
+    if options.init:
+        yield "--init"
     if options.keep_stdin:
         yield "--interactive"
     if options.network:
@@ -307,6 +487,10 @@ def _run_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
         yield from ("--stop-signal", options.stop_signal)
     if options.entrypoint:
         yield from ("--entrypoint", options.entrypoint[0])
+    if options.id_file:
+        yield from ("--cidfile", options.id_file)
+    if not options.proxy_signals:
+        yield "--sig-proxy=false"
 
 
 def _arguments(options: ContainerOptions) -> tuple[str, ...]:
@@ -417,8 +601,10 @@ class _Word:
     advice: str
 
 
+_NO_SPACE = r"no space left on device|disk quota exceeded"
+
 _WORDS = (
-    _Word(r"no space left on device|disk quota exceeded", CapacityError, "free some space where images are kept"),
+    _Word(_NO_SPACE, CapacityError, "free some space where images are kept"),
     _Word(
         r"cannot connect to the docker daemon|cannot connect to podman|unable to connect to podman",
         UnreachableError,
@@ -468,6 +654,29 @@ def engine_error(engine: str, action: str, output: str) -> CvlaunchError:
         if re.search(word.pattern, output, re.IGNORECASE):
             return word.kind(f"{engine} {action}: {said}; {word.advice.format(engine=engine)}")
     return SpecError(f"{engine} {action} failed: {said}")
+
+
+_STEP_FAILED = re.compile(
+    r"building at STEP|executor failed running|did not complete successfully|failed to compute cache key"
+    r"|failed to calculate checksum|dockerfile parse error|unknown instruction|no build stage|no FROM statement"
+    r"|file with no instructions",
+    re.IGNORECASE,
+)
+"""What Podman and BuildKit say when the Dockerfile is to blame, not a registry or the machine."""
+
+
+def build_error(engine: str, output: str, dockerfile: str) -> CvlaunchError:
+    """Like `engine_error`, for a build. What a step itself printed is shown and not taken for the engine's words."""
+    if not _STEP_FAILED.search(output) or re.search(_NO_SPACE, output, re.IGNORECASE):
+        return engine_error(engine, "build", output)
+    lines = [_plain(line) for line in output.splitlines()]
+    shown = [line for line in lines if line and not line.startswith(("STEP ", "-->", "time=", "sha256:", "---", "#"))]
+    return SpecError("\n".join([f"{dockerfile}: a step failed; {engine} said last:", *(f"  {s}" for s in shown[-10:])]))
+
+
+def _plain(line: str) -> str:
+    """Without BuildKit's counters: `#5 0.312 text`."""
+    return re.sub(r"^#\d+ (\d+\.\d+ )?", "", line).rstrip()
 
 
 def _last_words(output: str) -> str:

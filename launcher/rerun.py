@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launcher import contract
@@ -31,11 +31,13 @@ def prepare_again(
     backend: str | None = None,
     target: str | None = None,
     settings: Sequence[str] = (),
+    make: Callable[[str], None] | None = None,
     ledger: Ledger,
 ) -> Iterator[Prepared]:
     """For the same target, unless another is given. store: the earlier run's folder.
 
-    A setting of `code` means the folder as it is now; so does an archive that the store has no more.
+    make: as in `resolve`. A setting of `code` means the folder as it is now; so does an archive that the store has no
+    more.
     """
     spec = apply_settings(Document(Path(f"the job of {earlier.run_id}"), earlier.job["spec"]), settings)
     with tempfile.TemporaryDirectory(prefix="cvlaunch-") as scratch:
@@ -46,6 +48,7 @@ def prepare_again(
             backend=backend,
             target=target if backend or target else earlier.target_name,
             folder=Path(earlier.job["folder"]),
+            make=make,
             ledger=ledger,
         ) as prepared:
             job = _with_code(prepared.job, spec, code, archive, earlier) if code else prepared.job

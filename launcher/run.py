@@ -42,16 +42,24 @@ def submit(
     settings: Sequence[str] = (),
     run_id: str | None = None,
     folder: Path | None = None,
+    progress: Callable[[str], None] | None = None,
     ledger: Ledger | None = None,
 ) -> Run:
     """Sends a job and returns at once.
 
     job: a job file, or a JobSpec whose relative paths start from `folder` (the current one).
     settings: like `--set`: `["train.epochs=3"]`. Raises SpecError for anything that would be refused.
+    progress: gets a line at a time while an image is built, pulled or pushed.
     """
-    ledger = ledger or Ledger()
-    with prepare(job, backend=backend, target=target, settings=settings, folder=folder, ledger=ledger) as prepared:
+    ledger, make = ledger or Ledger(), progress or _silently
+    with prepare(
+        job, backend=backend, target=target, settings=settings, folder=folder, make=make, ledger=ledger
+    ) as prepared:
         return Run(send(prepared, ledger=ledger, run_id=run_id), ledger)
+
+
+def _silently(line: str) -> None:
+    """Progress that nobody looks at."""
 
 
 def render(
@@ -275,14 +283,24 @@ class Run:
         """Sends it again: what did not arrive, or what ended too early and goes on from its newest checkpoint."""
         return Run(resend(self._record, ledger=self._ledger), self._ledger)
 
-    def rerun(self, *, backend: str | None = None, target: str | None = None, settings: Sequence[str] = ()) -> Run:
+    def rerun(
+        self,
+        *,
+        backend: str | None = None,
+        target: str | None = None,
+        settings: Sequence[str] = (),
+        progress: Callable[[str], None] | None = None,
+    ) -> Run:
         """Sends its job afresh as a run of its own, to the same target unless another is given.
 
         The code is the archive that was sent, unless a setting begins with `code`; data and image are looked up again,
-        so that `diff` may tell of changes.
+        so that `diff` may tell of changes. progress: as for `submit`.
         """
         how = {"backend": backend, "target": target}
-        with prepare_again(self._record, self.store(), **how, settings=settings, ledger=self._ledger) as prepared:
+        make = progress or _silently
+        with prepare_again(
+            self._record, self.store(), **how, settings=settings, make=make, ledger=self._ledger
+        ) as prepared:
             return Run(send(prepared, ledger=self._ledger), self._ledger)
 
     def exec(self, command: Sequence[str], *, tty: bool | None = None) -> int:

@@ -44,6 +44,10 @@ IGNORABLE = ("image", "build", "resources.gpu", "resources.cpus", "resources.mem
 """Keys of a job that a backend may do nothing with (`Backend.ignored`); it must carry out all others or refuse them."""
 
 
+_REGISTRY = r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+$"
+"""With a repository, without a tag: each image gets one of its own."""
+
+
 class Storage(Model):
     """How the object stores of a target are reached; keys and passwords don't belong here."""
 
@@ -71,6 +75,9 @@ class BaseTarget(Model):
 
     backend: str
     output: str | None = Field(None, description="where runs are kept: a folder or s3://bucket/prefix")
+    registry: str | None = Field(
+        None, pattern=_REGISTRY, description="where built images are pushed: registry.example.com/team/trainer"
+    )
     storage: Storage = Storage()
     notify: Notify = Notify()
     templates: str | None = Field(None, description="folder with <backend>/<template>, looked in before ours")

@@ -22,6 +22,7 @@ SECTIONS = {
         "schema": ("writing:schema", "Print the JSON Schema of job files."),
         "render": ("rendering:render", "Show what would be sent, without sending it."),
         "data": ("data:data", "Check, fingerprint and push data folders."),
+        "image": ("images:image", "Build, push and look at the images that jobs run in."),
     },
     "Run it": {
         "submit": ("submitting:submit", "Send a job; print its handle."),

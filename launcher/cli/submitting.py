@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.cli.app import Interrupted
+from launcher.cli.images import engine_lines
 from launcher.cli.options import complete_runs, find_run, json_option, pairs, place_options, run_argument
 from launcher.cli.out import Out, clean
 from launcher.errors import SpecError
@@ -78,7 +79,7 @@ def submit(
     push_to = how.pop("push_data")
     if push_to is not None:
         settings += _push(job, push_to, settings, how["backend"], how["target"], out)
-    run = _submit(job, settings, **how)
+    run = _submit(job, settings, out, **how)
     return _announce(run, out, follow=follow, sync_to=sync_to)
 
 
@@ -105,8 +106,8 @@ def rerun(
     names a folder. Says whether it still is the identical job, or what has changed.
     """
     earlier = find_run(run)
-    with _sending():
-        again = earlier.rerun(backend=backend, target=target, settings=settings)
+    with _sending(), engine_lines(out) as progress:
+        again = earlier.rerun(backend=backend, target=target, settings=settings, progress=progress)
     facts = _compare(earlier, again, settings, out)
     return _announce(again, out, follow=follow, sync_to=sync_to, facts=facts)
 
@@ -152,12 +153,12 @@ def _slug(job: Path) -> str:
 
 
 def _submit(
-    job: Path, settings: tuple[str, ...], *, backend: str | None, target: str | None, run_id: str | None
+    job: Path, settings: tuple[str, ...], out: Out, *, backend: str | None, target: str | None, run_id: str | None
 ) -> Run:
     from launcher.run import submit
 
-    with _sending():
-        return submit(job, settings=settings, backend=backend, target=target, run_id=run_id)
+    with _sending(), engine_lines(out) as progress:
+        return submit(job, settings=settings, backend=backend, target=target, run_id=run_id, progress=progress)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     import boto3.session
     from obstore.store import S3Config, S3Credential
 
-__all__ = ["Provider", "obstore_credentials", "session"]
+__all__ = ["Provider", "ecr_login", "obstore_credentials", "session"]
+
+_ECR = re.compile(r"(\d{12})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
+"""https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
 
 _NATIVE = (
     "AWS_ACCESS_KEY_ID",
@@ -85,6 +90,21 @@ def obstore_credentials(profile: str | None = None, *, environ: Mapping[str, str
         provider = Provider(Boto3CredentialProvider(found, ttl=_GOOD_FOR), profile)
     provider()  # an expired login is reported here, in our words, not from inside a transfer
     return provider
+
+
+def ecr_login(host: str, profile: str | None = None) -> tuple[str, str] | None:
+    """(user, password) of an ECR registry, good for 12 hours; None for another host. AuthError if AWS gives none."""
+    found = _ECR.fullmatch(host)
+    if found is None:
+        return None
+    account, region = found.groups()
+    profile = profile or os.environ.get("AWS_PROFILE")
+    client = session(profile, region)
+    with _aws_errors(profile):
+        answer = client.client("ecr").get_authorization_token(registryIds=[account])
+    token = base64.b64decode(answer["authorizationData"][0]["authorizationToken"]).decode()
+    user, _, password = token.partition(":")
+    return user, password
 
 
 def _files(environ: Mapping[str, str]) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from launcher.secretfiles import require_private
 if TYPE_CHECKING:
     from obstore.store import GCSCredential
 
-__all__ = ["Provider", "credentials", "obstore_credentials"]
+__all__ = ["Provider", "credentials", "obstore_credentials", "registry_login"]
+
+_REGISTRY = re.compile(r"[a-z0-9-]+-docker\.pkg\.dev|(?:[a-z]+\.)?gcr\.io")
+"""https://cloud.google.com/artifact-registry/docs/docker/authentication#token"""
 
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 _WAY_OUT = "run: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
@@ -56,6 +60,18 @@ def obstore_credentials(*, environ: Mapping[str, str] | None = None) -> Provider
     from obstore.auth.google import GoogleCredentialProvider
 
     return Provider(GoogleCredentialProvider(found))
+
+
+def registry_login(host: str) -> tuple[str, str] | None:
+    """(user, password) of Artifact Registry, good for an hour; None for another host. AuthError without an identity."""
+    if not _REGISTRY.fullmatch(host):
+        return None
+    found, _ = credentials()
+    from google.auth.transport.requests import Request
+
+    with _google_errors():
+        found.refresh(Request())
+    return "oauth2accesstoken", found.token
 
 
 def _check_file(environ: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from launcher.backends.base import Feature, Job, Support, Transport
 from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.ledger import Ledger
+from launcher.plan import load_template, make_plan
 from launcher.resolve import resolve
 from launcher.rules import ContainerRules, Shm
 from launcher.shm import (
@@ -27,6 +29,7 @@ from launcher.shm import (
 )
 from launcher.spec import ClassifyConfig, DetectConfig, JobSpec
 from launcher.targets import Selected, Targets
+from tests.jobs import fixed_job
 
 MIB = 2**20
 
@@ -232,3 +235,25 @@ def test_size_and_room_are_those_of_dev_shm() -> None:
         assert 0 < (shm_free() or 0) <= stat.f_blocks * stat.f_frsize
     else:
         assert shm_size() is None and shm_free() is None
+
+
+@pytest.mark.parametrize(
+    ("there", "words", "warned"),
+    [
+        (Shm(how="--shm-size"), "/dev/shm: 512 MiB, set by --shm-size", False),
+        (Shm(size=64 << 20, source="the manual"), "the loaders need 512 MiB", True),
+        (Shm(size=1 << 30, source="the manual"), "1 GiB, enough for the loaders' 512 MiB", False),
+        (Shm(source="nobody says it"), "its size is not known", False),
+    ],
+)
+def test_a_plan_says_who_sets_it_and_warns_where_it_is_known_to_be_too_small(
+    there: Shm, words: str, warned: bool
+) -> None:
+    class Elsewhere(LocalBackend):
+        rules = ContainerRules(shm=there)
+
+    backend = Elsewhere(LocalTarget(), "there")
+    job = dataclasses.replace(fixed_job("classify", backend.target, "there", "file:///out"), shm=512 << 20)
+    plan = make_plan(job, backend, "run-0000000000", template=load_template(LocalBackend))
+    assert words in plan.shm
+    assert (plan.shm in plan.warnings) == warned

@@ -1,11 +1,12 @@
-"""Stays with a process of this machine after the CLI has gone: restarts, ends and remembers it.
+"""Stays with a run on this machine after the CLI has gone: restarts, ends and remembers it.
 
-`python -m launcher.supervisor FOLDER` reads `FOLDER/plan.json` (Plan.text) and leaves in FOLDER
+`python -m launcher.supervisor FOLDER` reads `FOLDER/plan.json` (Plan.text), which says whether a process or a container
+runs, and leaves in FOLDER
 
     supervisor.json   who supervises and runs, which attempt     exit.json     how it ended
     lock              held as long as it runs                    runner.log    what the runner printed
-    job.json          what the runner reads                      notice.json   why the runner started nothing
-    cancelled         put there to cancel: nothing starts again
+    job.json          what the runner reads                      notice/       why the runner started nothing
+    cancelled         put there to cancel: nothing starts again  container.id  of the newest container
 
 The lock is inherited from the submitting process, so that at no moment a run is under way that nobody holds.
 Secrets come through standard input, stay in memory, and go to each attempt's runner through its standard input.
@@ -20,25 +21,32 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
 from launcher import contract, gpus, paths
+from launcher.attempts import Attempt, Ended, Order, ProcessAttempt, last_line
+from launcher.containers import ContainerAttempt, container_root, known_id, run_engine
 from launcher.contract import read_json
-from launcher.errors import CapacityError, ConflictError
-from launcher.process import ProcessId, adopt_orphans, exit_code, kill_descendants, send_kill
+from launcher.errors import CapacityError, ConflictError, CvlaunchError
+from launcher.process import ProcessId, adopt_orphans
 
 __all__ = ["Record", "SupervisorFolder", "start"]
 
-_SIGNALLED = 128
-"""A process that signal n ended has the exit code 128 + n."""
 _KILL_AFTER_GRACE_S = 15.0
 """The runner keeps the grace itself; later than this it is stuck."""
+_AGAIN_S = 1.0
+"""Between two kills of something that is still there."""
+_LOOK_S = 0.1
+"""How often it is seen whether a container has been made; after that nothing is polled."""
+_KILLED = 137
 
 _LOCK_PATIENCE_S = 3.0
 """Whoever asks for the lock has it for an instant, and a supervisor for a moment after it has written exit.json."""
@@ -61,12 +69,19 @@ class SupervisorFolder:
     @property
     def notice(self) -> Path:
         """$CVLAUNCH_NOTICE, where a runner that starts nothing says why: `{"state": …, "reason": …}`."""
-        return self.path / "notice.json"
+        return self.path / "notice/notice.json"
+
+    def read_plan(self) -> Mapping[str, Any]:
+        """Empty if there is none."""
+        return read_json(self.plan) or {}
 
     @property
     def root(self) -> Path | None:
-        """Where the job's folders stand; None if there is no plan."""
-        root = (read_json(self.plan) or {}).get("env", {}).get("CVLAUNCH_ROOT")
+        """Where the job's folders stand on this machine; None if there is no plan, or the job has none here."""
+        plan = self.read_plan()
+        if plan.get("image"):
+            return container_root(plan)
+        root = plan.get("env", {}).get("CVLAUNCH_ROOT")
         return Path(root) if root else None
 
     def record(self) -> Record | None:
@@ -126,13 +141,15 @@ class SupervisorFolder:
 
 @dataclass(frozen=True)
 class Record:
-    """supervisor.json. phase: running or restarting. started: Unix seconds of the first attempt, resumed or not."""
+    """supervisor.json. phase: starting, running or restarting. started: Unix seconds of the first attempt, resumed or
+    not. runner: or the client that started the container. engine: that has the container; empty for a process."""
 
     supervisor: ProcessId
     runner: ProcessId | None
     attempt: int
     phase: str
     started: float
+    engine: str = ""
 
     @property
     def native_id(self) -> str:
@@ -147,7 +164,8 @@ class Record:
     def from_json(cls, value: Mapping[str, Any]) -> Record:
         runner = ProcessId.from_json(value["runner"]) if value["runner"] else None
         supervisor = ProcessId.from_json(value["supervisor"])
-        return cls(supervisor, runner, int(value["attempt"]), str(value["phase"]), float(value["started"]))
+        attempt, phase, started = int(value["attempt"]), str(value["phase"]), float(value["started"])
+        return cls(supervisor, runner, attempt, phase, started, str(value.get("engine", "")))
 
 
 def _native_id(supervisor: ProcessId) -> str:
@@ -226,7 +244,7 @@ def _spawn(folder: SupervisorFolder, lock: int, secrets: Mapping[str, str]) -> N
     except OSError as error:
         raise CapacityError(f"no process could be started for {folder.path.name}: {error.strerror}") from error
     except subprocess.CalledProcessError as error:
-        raise CapacityError(f"the supervisor of {folder.path.name} did not start: {_last_line(folder.log)}") from error
+        raise CapacityError(f"the supervisor of {folder.path.name} did not start: {last_line(folder.log)}") from error
 
 
 def main() -> int:
@@ -235,7 +253,6 @@ def main() -> int:
     plan = json.loads(folder.plan.read_bytes())
     if os.fork():
         return 0
-    adopt_orphans()
     supervision = _Supervision(folder, plan, secrets)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, supervision.on_signal)
@@ -256,110 +273,142 @@ class _Supervision:
         self._me = ProcessId.of()
         self._started = before.started if before else time.time()
         self._number = before.attempt + 1 if before else 1
-        self._asked = False
-        self._runner: subprocess.Popen[bytes] | None = None
+        self._began = time.monotonic()
+        self._asked_at: float | None = None
+        self._timed_out = False
+        self._events: SimpleQueue[Ended | Exception | None] = SimpleQueue()
+        self._attempt: Attempt | None = None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Passes the first one on to the runner and sets the clock for its end."""
-        if self._asked:
-            return
-        self._asked = True
-        signal.signal(signal.SIGALRM, lambda *_: send_kill(os.getpid()))
-        signal.setitimer(signal.ITIMER_REAL, self._plan["limits"]["grace_s"] + _KILL_AFTER_GRACE_S, 1.0)
-        if self._runner is not None:
-            self._runner.send_signal(signal.SIGTERM)
+        """The first one counts. It wakes the loop, which passes it on."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self._events.put(None)
 
     def run(self) -> int:
         """The exit code. Whatever goes wrong here, nothing is left running that nobody knows of."""
         try:
             return self._run()
+        except CvlaunchError as error:  # no engine
+            self._folder.write_exit(code=1, attempt=self._number, state="ERROR", reason=str(error))
         except Exception as error:  # a full disk, a bug
-            kill_descendants(os.getpid())
+            if self._attempt:
+                self._attempt.kill()
             reason = f"its supervisor failed: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
                 self._folder.write_exit(code=1, attempt=self._number, state="FAILED", reason=reason)
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            return 1
+        return 1
 
     def _run(self) -> int:
+        self._clear_away()
         while True:
             with gpus.reserved(self._plan["limits"]["gpus"], paths.data_folder() / "gpus") as reserved:
-                code = self._attempt([gpu.device for gpu in reserved])
-            again = code == contract.EXIT_PREEMPTED and self._number < self._plan["limits"]["attempts"]
-            if not again or self._asked or self._folder.cancelled:
+                ended = self._run_once(reserved)
+            again = ended.code == contract.EXIT_PREEMPTED and self._number < self._plan["limits"]["attempts"]
+            if not again or self._asked_at is not None or self._folder.cancelled:
                 break
             self._number += 1
-            self._record(None, "restarting")
-        self._folder.write_exit(code=code, attempt=self._number, **self._end(code))
-        return code
+            self._record("restarting")
+            self._remove()
+        self._folder.write_exit(code=ended.code, attempt=self._number, **self._end(ended))
+        self._remove()
+        return ended.code
 
-    def _attempt(self, devices: Sequence[str]) -> int:
-        argv, environ = self._plan["argv"], self._environment(devices)
+    def _clear_away(self) -> None:
+        """The container that an earlier supervisor of this folder has left; for processes, become their parent."""
+        if not self._plan.get("image"):
+            adopt_orphans()
+        elif left := known_id(self._folder.path):
+            run_engine(self._plan).remove(left)
+
+    def _remove(self) -> None:
+        if self._attempt:
+            self._attempt.remove()
+
+    def _run_once(self, reserved: Sequence[gpus.Gpu]) -> Ended:
         self._folder.notice.unlink(missing_ok=True)
+        devices = _device_names(reserved, container=bool(self._plan.get("image")))
+        order = Order(self._folder.path, self._plan, self._number, _native_id(self._me), devices, self._secrets)
         try:
-            self._runner = subprocess.Popen(
-                argv,
-                env=environ,
-                cwd=self._plan["cwd"],
-                stdin=subprocess.PIPE if self._secrets else subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._attempt = ContainerAttempt(order) if self._plan.get("image") else ProcessAttempt(order)
         except OSError as error:
-            sys.stdout.write(f"{argv[0]} can't be started: {error.strerror}\n")
+            reason = f"{error.filename or self._plan['argv'][0]} can't be started: {error.strerror}"
+            sys.stdout.write(reason + "\n")
             sys.stdout.flush()
-            return contract.EXIT_BAD_CONFIG
-        self._record(ProcessId.of(self._runner.pid), "running")
-        if self._asked:  # the stop came between two attempts, or while this one was being started
-            self._runner.send_signal(signal.SIGTERM)
-        self._hand_secrets(self._runner)
-        code = self._runner.wait()
-        kill_descendants(os.getpid())
-        return exit_code(code)
+            return Ended(contract.EXIT_BAD_CONFIG, reason)
+        self._record("running" if self._attempt.started else "starting")
+        threading.Thread(target=self._wait, args=(self._attempt,), daemon=True).start()
+        return self._follow(self._attempt)
 
-    def _hand_secrets(self, runner: subprocess.Popen[bytes]) -> None:
-        if runner.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), runner.stdin as pipe:  # it may end before it asks for them
-                pipe.write(self._secrets)
+    def _wait(self, attempt: Attempt) -> None:
+        try:
+            self._events.put(attempt.wait())
+        except Exception as error:
+            self._events.put(error)
 
-    def _environment(self, devices: Sequence[str]) -> dict[str, str]:
-        """The user's, the plan's, and what only a start can know."""
-        job = self._folder.path / "job.json"
-        job.write_bytes(contract.canonical_json(self._plan["job"]) + b"\n")
-        python_folder = str(Path(self._plan["argv"][0]).parent)  # so that `python` in a command is the target's
-        environ = {
-            **os.environ,
-            **self._plan["env"],
-            "PATH": os.pathsep.join([python_folder, os.environ.get("PATH", os.defpath)]),
-            "CUDA_VISIBLE_DEVICES": ",".join(devices),
-            "CVLAUNCH_JOB": str(job),
-            "CVLAUNCH_NATIVE_ID": _native_id(self._me),
-            "CVLAUNCH_ATTEMPT": str(self._number),
-            "CVLAUNCH_NOTICE": str(self._folder.notice),
-        }
-        return {**environ, "CVLAUNCH_SECRETS_FILE": "-"} if self._secrets else environ
+    def _follow(self, attempt: Attempt) -> Ended:
+        """Until it has ended: by itself, asked to, or killed."""
+        told, starting = False, not attempt.started
+        while True:
+            if self._asked_at is not None and not told:
+                told = True
+                threading.Thread(target=attempt.ask_to_stop, daemon=True).start()
+            event = self._next_event(starting)
+            if isinstance(event, Ended):
+                return event
+            if isinstance(event, Exception):
+                raise event
+            if starting and attempt.started:
+                starting = False
+                self._record("running")
+            if (left := self._left()) is not None and left <= 0:
+                self._time_is_up(attempt)
 
-    def _record(self, runner: ProcessId | None, phase: str) -> None:
-        self._folder.write_record(Record(self._me, runner, self._number, phase, self._started))
+    def _next_event(self, starting: bool) -> Ended | Exception | None:
+        """None: there is something else to do."""
+        left = self._left()
+        pause = None if left is None else max(left, _AGAIN_S)
+        try:
+            return self._events.get(timeout=_LOOK_S if starting else pause)
+        except Empty:
+            return None
 
-    def _end(self, code: int) -> dict[str, object]:
+    def _left(self) -> float | None:
+        """Seconds until something must be done; None if nothing."""
+        limits = self._plan["limits"]
+        if self._asked_at is not None:
+            return float(self._asked_at + limits["grace_s"] + _KILL_AFTER_GRACE_S - time.monotonic())
+        timeout = limits.get("timeout_s")
+        return None if timeout is None else float(self._began + timeout - time.monotonic())
+
+    def _time_is_up(self, attempt: Attempt) -> None:
+        if self._asked_at is not None:
+            attempt.kill()
+        else:
+            self._timed_out, self._asked_at = True, time.monotonic()
+
+    def _record(self, phase: str) -> None:
+        engine = self._attempt.engine if self._attempt else ""
+        runner = self._attempt.process if self._attempt and phase != "restarting" else None
+        self._folder.write_record(Record(self._me, runner, self._number, phase, self._started, engine))
+
+    def _end(self, ended: Ended) -> dict[str, object]:
         """The runner's own account of the end; without one, what is known here."""
         if account := self._folder.account(self._number, _native_id(self._me)):
-            return {"state": account.get("state"), "reason": account.get("reason") or ""}
+            killed = ended.killed if account.get("exit_code") == _KILLED else ""
+            return {"state": account.get("state"), "reason": killed or account.get("reason") or ""}
+        if self._timed_out:
+            return {"state": "TIMED_OUT", "reason": "the timeout (resources.timeout) is used up"}
         if self._folder.cancelled:
             return {"state": "CANCELLED", "reason": "cancelled"}
-        return {"state": None, "reason": self._guess(code)}
-
-    def _guess(self, code: int) -> str:
-        """Without a word of the runner."""
-        if code > _SIGNALLED:
-            return f"the runner was killed by signal {code - _SIGNALLED} ({signal.strsignal(code - _SIGNALLED)})"
-        return _last_line(self._folder.log) if code else ""
+        return {"state": ended.state, "reason": ended.reason}
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:1024] if lines else ""
+def _device_names(reserved: Sequence[gpus.Gpu], *, container: bool) -> list[str]:
+    """CUDA takes the user's own numbers; an engine counts by itself, and UUIDs are the same for all."""
+    return [gpu.uuid if container and gpu.uuid.startswith(("GPU-", "MIG-")) else gpu.device for gpu in reserved]
 
 
 if __name__ == "__main__":

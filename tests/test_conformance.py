@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,28 @@ import pytest
 from launcher.backends import names
 from launcher.testing import World
 from launcher.testing.conformance import *  # noqa: F403 the suite is its functions
+from tests.worlds.container import ContainerWorld
 from tests.worlds.local import LocalWorld
 
-WORLDS: dict[str, Callable[[Path], World]] = {"local": LocalWorld}
+WORLDS: dict[str, Callable[[pytest.FixtureRequest], Callable[[Path], World]]] = {
+    "container": lambda request: functools.partial(ContainerWorld, image=request.getfixturevalue("trainer_image")),
+    "local": lambda request: LocalWorld,
+}
+NEEDS = {"container": ["podman", "debootstrap"]}
 
 
 def test_every_backend_has_a_world() -> None:
     assert names() == sorted(WORLDS)
 
 
-@pytest.fixture(params=sorted(WORLDS))
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    return WORLDS[request.param](tmp_path / "world")
+@pytest.fixture(
+    scope="session",  # an image is built before a test gets a home of its own, and finds the user's caches
+    params=[pytest.param(name, marks=pytest.mark.needs(*NEEDS.get(name, ()))) for name in sorted(WORLDS)],
+)
+def make_world(request: pytest.FixtureRequest) -> Callable[[Path], World]:
+    return WORLDS[request.param](request)
+
+
+@pytest.fixture
+def world(make_world: Callable[[Path], World], tmp_path: Path) -> World:
+    return make_world(tmp_path / "world")

@@ -15,18 +15,19 @@ import launcher
 PACKAGE = Path(launcher.__file__).parent
 
 ROWS = [
-    "_version contract errors paths process quantities rules",
-    "digest engine gpus metrics secretfiles spec status yamlfile",
-    "credentials dataset jobfile shm",
+    "_version beside contract errors paths process quantities rules",
+    "attempts digest engine gpus metrics secretfiles spec status yamlfile",
+    "containers credentials dataset jobfile shm",
     "stores",
     "backends.base manifest supervisor sync",
     "logfiles",
-    "backends.local code image notify plan report runner starter watch",
-    "backends ledger",
+    "code image notify plan report runner starter supervised watch",
+    "backends.container backends.local",
+    "backends findings ledger",
     "targets",
     "resolve",
     "compare submission",
-    "rerun",
+    "rehearse rerun",
     "run",
     "testing cli launcher",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from launcher.backends import names
+from launcher.backends.base import Image
+from launcher.backends.container import ContainerBackend, ContainerTarget
 from launcher.backends.local import LocalBackend, LocalTarget
+from launcher.contract import Channel
 from launcher.errors import SpecError, UnsupportedError
 from launcher.ledger import Ledger
 from launcher.plan import eject_templates, load_template, make_plan
@@ -35,6 +39,23 @@ def test_golden_renderings_of_local(name: str, output: str, golden: Golden) -> N
     plan = make_plan(job, backend, f"{name}-0000000000", template=load_template(LocalBackend))
     assert make_plan(job, backend, f"{name}-0000000000", template=load_template(LocalBackend)) == plan
     golden.check(f"local/{name}-{output.partition(':')[0]}.json", plan.text)
+
+
+@pytest.mark.parametrize("name", [*SPECS, "foreign"])
+@pytest.mark.parametrize("output", ["file:///out", "s3://bucket/runs"], ids=["file", "s3"])
+def test_golden_renderings_of_container(name: str, output: str, golden: Golden) -> None:
+    keys = {"output": "/out", "root": "/state", "user": "1000730000:0", "network": "host", "read_only": True}
+    backend = ContainerBackend(ContainerTarget.model_validate(keys), "desk")
+    job = fixed_job("command" if name == "foreign" else name, backend.target, "desk", output)
+    image = Image("registry/trainer@sha256:" + "c" * 64)
+    channels = (*job.channels, Channel("near", "file:///data/near shapes", "mounted"))
+    resources = job.spec.resources.model_copy(update={"memory": 8 << 30, "cpus": 4, "timeout": 7200.0})
+    spec = job.spec.model_copy(
+        update={"runner": "none" if name == "foreign" else "auto", "resources": resources, "env": {"A": "1"}}
+    )
+    job = dataclasses.replace(job, spec=spec, image=image, channels=channels, shm=1 << 30)
+    plan = make_plan(job, backend, f"{name}-0000000000", template=load_template(ContainerBackend))
+    golden.check(f"container/{name}-{output.partition(':')[0]}.json", plan.text)
 
 
 def test_a_profile_of_this_machine_reaches_the_runner() -> None:

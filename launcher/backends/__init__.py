@@ -14,6 +14,7 @@ GROUP = "cvlaunch.backends"
 """Entry points of this group add backends: `name = "package.module:Class [extra]"`."""
 
 _BUILT_IN = {
+    "container": "launcher.backends.container:ContainerBackend",
     "local": "launcher.backends.local:LocalBackend",
 }
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib.util
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from launcher import gpus, paths
+from launcher import gpus, paths, supervised
 from launcher.backends.base import (
     BaseTarget,
     Feature,
@@ -29,44 +26,19 @@ from launcher.backends.base import (
     Support,
     Transport,
 )
-from launcher.contract import (
-    EXIT_BAD_CONFIG,
-    EXIT_CANCELLED,
-    EXIT_PREEMPTED,
-    OUTPUT_FOLDERS,
-    JobFile,
-    Layout,
-)
-from launcher.logfiles import follow_logs
-from launcher.process import ProcessId, with_variable
+from launcher.beside import find_command
+from launcher.contract import OUTPUT_FOLDERS, JobFile
+from launcher.errors import SpecError
+from launcher.process import exit_code, with_variable
 from launcher.quantities import format_size
 from launcher.rules import ContainerRules, Shm
-from launcher.status import State, Status
-from launcher.stores import Store, open_store, path_of, scheme
-from launcher.supervisor import Record, SupervisorFolder, start
+from launcher.status import Status
+from launcher.stores import Store, path_of, scheme
+from launcher.supervisor import SupervisorFolder, start
 
 __all__ = ["LocalBackend", "LocalTarget"]
 
-_RESULT_STATES = {
-    "SUCCEEDED": State.SUCCEEDED,
-    "FAILED": State.FAILED,
-    "CANCELLED": State.CANCELLED,
-    "TIMED_OUT": State.TIMED_OUT,
-    "PREEMPTED": State.FAILED,
-    "ERROR": State.ERROR,
-}
-"""The runner's word in result.json or in its notice → ours. A preemption that nobody restarts is a failure."""
-
 _CHANNELS = {"client": "path", "file": "path", "s3": "staged", "gs": "staged"}
-
-_CODE_STATES = {0: State.SUCCEEDED, EXIT_CANCELLED: State.CANCELLED}
-"""Exit code → state, where the runner left no result; any other is FAILED."""
-
-_CODE_REASONS = {
-    EXIT_BAD_CONFIG: "bad configuration",
-    EXIT_PREEMPTED: "preempted with a checkpoint; nothing was left to restart it",
-}
-
 
 _NO_IMAGE = "a process is not a container: it runs in the target's python, without the image"
 _NO_LIMIT = "a process here has the whole machine, and no limit is set"
@@ -87,10 +59,7 @@ class LocalTarget(BaseTarget):
     @field_validator("root")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        path = Path(value).expanduser()
-        if not path.is_absolute():
-            raise ValueError(f"expected an absolute path or one that starts with ~, found {value!r}")
-        return str(path)
+        return supervised.absolute_folder(value)
 
 
 class LocalBackend:
@@ -112,7 +81,7 @@ class LocalBackend:
         Feature.SECRETS_STORE: Support(False, "a process here reads no secret store; write env:NAME or file:PATH"),
         Feature.CONTAINER: Support(False, _NO_IMAGE),
         Feature.FOLLOW_LOGS: Support(True),
-        Feature.EXEC: Support(False, "the process runs here: use your own shell"),
+        Feature.EXEC: Support(True),
     }
     ignored: ClassVar[Mapping[str, str]] = {
         "image": _NO_IMAGE,
@@ -159,7 +128,7 @@ class LocalBackend:
             yield Problem("resources.gpus", f"{wanted} wanted, this machine has {there}; {hint}")
         yield from self._check_python(job)
         place = path_of(job.output) if scheme(job.output) == "file" else Path(self.target.root)
-        if (free := _free_space(place)) < 1 << 30:
+        if (free := supervised.free_space(place)) < 1 << 30:
             yield Problem("disk", f"{place} has {format_size(free)} left; free some space", fatal=False)
 
     def _check_python(self, job: Job) -> Iterator[Problem]:
@@ -183,13 +152,8 @@ class LocalBackend:
         return [self.submit(plan, secrets, attempt=attempt) for plan in plans]
 
     def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
-        """Exact: a submission holds the lock from before it starts the supervisor until the run has ended."""
-        folders = {run_id: self._folder(run_id) for run_id in run_ids}
-        return {
-            run_id: Handle(self.name, self.target_name, run_id)
-            for run_id, folder in folders.items()
-            if folder.record() or folder.exit() or folder.locked()
-        }
+        known = [run_id for run_id in run_ids if supervised.is_known(self._folder(run_id))]
+        return {run_id: Handle(self.name, self.target_name, run_id) for run_id in known}
 
     def status(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
         return {handle: _status(self._folder(handle.native)) for handle in handles}
@@ -197,30 +161,19 @@ class LocalBackend:
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """The runner's log; what it printed, where it ended before it could write one."""
         folder = self._folder(handle.native)
-        if folder.root is None:
-            return
-        ended = (lambda: _status(folder).state.terminal) if follow or _status(folder).state.terminal else None
-        seen = False
-        if not since.startswith(_PRINTED):
-            for line in follow_logs(open_store(str(folder.root)), ended=ended, since=since):
-                seen = True
-                yield line
-        if not seen and (not since or since.startswith(_PRINTED)) and _status(folder).state.terminal:
-            yield from _printed(folder.log, since)
+        return supervised.logs(folder, lambda: _status(folder).state.terminal, follow=follow, since=since)
 
     def cancel(self, handle: Handle) -> None:
         folder = self._folder(handle.native)
-        if folder.exit() or not folder.path.is_dir():
-            return
-        folder.cancel()
-        record = _record_once_started(folder)
-        if record and _runs_here(record.supervisor):
-            _signal(record.supervisor.pid, signal.SIGTERM)
-        elif record and record.runner and _runs_here(record.runner):
-            _signal(record.runner.pid, signal.SIGTERM)
-        else:  # nobody is left to save anything
-            for pid in _left_behind(folder):
-                _signal(pid, signal.SIGKILL)
+        supervised.cancel(folder, _Processes(folder))
+
+    def exec(self, handle: Handle, command: Sequence[str], *, tty: bool) -> int:
+        """In the command's folder, with its variables, job secrets included."""
+        supervised.require_running(handle.native, _status(self._folder(handle.native)))
+        if find_command(handle.native) is None:
+            raise SpecError(f"the command of {handle.native} has not started yet; try again when it prints something")
+        beside = [sys.executable, "-m", "launcher.beside", handle.native, *command]
+        return exit_code(subprocess.run(beside, check=False).returncode)
 
     def remove(self, handle: Handle) -> None:
         shutil.rmtree(self._folder(handle.native).path, ignore_errors=True)
@@ -233,117 +186,32 @@ class LocalBackend:
 
 
 def _status(folder: SupervisorFolder) -> Status:
-    end = folder.exit()
-    if end is None:
-        if living := _living(folder):
-            return living
-        end = folder.exit()  # it may have come to its end meanwhile
-    record = folder.record()
-    if end is not None:
-        return _ended(record, end)
-    if record is None:
-        return Status(State.LOST, native="gone", reason=f"no trace of it in {folder.path}")
-    return _without_supervisor(folder, record)
+    return supervised.status(folder, _Processes(folder))
 
 
-def _living(folder: SupervisorFolder) -> Status | None:
-    """None if none of its processes is left; UNKNOWN where that can't be seen from here."""
-    record = folder.record()
-    if record and not record.supervisor.here:
-        return Status(State.UNKNOWN, native="elsewhere", reason=f"it runs on {record.supervisor.host}; ask there")
-    if record and record.supervisor.alive:
-        return _running(folder, record, record.phase)
-    if folder.locked():  # a new supervisor has not written its record yet
-        return Status(State.STARTING, native="starting")
-    if (record and record.runner and record.runner.alive) or _left_behind(folder):
-        return _running(folder, record, "unsupervised")
-    return None
+@dataclass(frozen=True)
+class _Processes:
+    """Of a run whose supervisor is gone: the runner, or what outlived that, too."""
 
+    folder: SupervisorFolder
 
-def _runs_here(process: ProcessId) -> bool:
-    return process.here and process.alive
+    def running(self) -> bool:
+        record = self.folder.record()
+        return bool((record and record.runner and record.runner.alive) or self._commands())
 
+    def stop(self) -> None:
+        record = self.folder.record()
+        if record and record.runner and supervised.is_alive(record.runner):
+            supervised.send_signal(record.runner.pid, signal.SIGTERM)
+        else:  # nobody is left to save anything
+            for pid in self._commands():
+                supervised.send_signal(pid, signal.SIGKILL)
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+    def end(self) -> None:
+        """Exit codes are told to parents alone."""
 
-
-_START_S = 5.0
-"""How long a new supervisor has until its record says who it is."""
-
-
-def _record_once_started(folder: SupervisorFolder) -> Record | None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        record = folder.record()
-        known = record is not None and (record.supervisor.alive or not record.supervisor.here)
-        if known or not folder.locked() or time.monotonic() > deadline:
-            return record
-        time.sleep(0.02)
-
-
-_PRINTED = "printed:"
-"""Begins the cursor of a line that is in no log file."""
-
-
-def _printed(log: Path, since: str) -> Iterator[LogLine]:
-    first = int(since.removeprefix(_PRINTED) or 0)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    for number, text in enumerate(lines[first:], first + 1):
-        yield LogLine(text, cursor=f"{_PRINTED}{number}")
-
-
-def _running(folder: SupervisorFolder, record: Record | None, native: str) -> Status:
-    state = State.RESTARTING if native == "restarting" else State.RUNNING
-    stopped = native != "restarting" and folder.root is not None and Layout(folder.root).stop.exists()
-    if folder.cancelled or stopped:
-        state = State.STOPPING
-    if record is None:
-        return Status(state, native)
-    return Status(state, native, started=record.started, node=record.supervisor.host, attempt=record.attempt)
-
-
-def _ended(record: Record | None, end: Mapping[str, object]) -> Status:
-    code = int(str(end["code"]))
-    state = _RESULT_STATES.get(str(end.get("state"))) or _CODE_STATES.get(code, State.FAILED)
-    return Status(
-        state,
-        native=f"exited {code}",
-        reason=str(end.get("reason") or _CODE_REASONS.get(code, "")),
-        exit_code=code,
-        started=record.started if record else None,
-        ended=float(str(end["ended"])),
-        node=record.supervisor.host if record else "",
-        attempt=int(str(end["attempt"])),
-    )
-
-
-def _without_supervisor(folder: SupervisorFolder, record: Record) -> Status:
-    """The supervisor was killed. The runner may have gone on and left a result; without one, nobody knows."""
-    lost = Status(State.LOST, "gone", started=record.started, node=record.supervisor.host, attempt=record.attempt)
-    account = folder.account(record.attempt, record.native_id) or {}
-    if account.get("state") in _RESULT_STATES:
-        return dataclasses.replace(
-            lost,
-            state=_RESULT_STATES[str(account["state"])],
-            native="unsupervised",
-            reason=str(account.get("reason") or ""),
-            exit_code=account.get("exit_code"),
-            ended=account.get("ended"),
-        )
-    if folder.cancelled:
-        return dataclasses.replace(lost, state=State.CANCELLED, reason="cancelled")
-    restarted = record.supervisor.boot != ProcessId.of().boot
-    reason = (
-        "the machine was restarted" if restarted else f"its supervisor (process {record.supervisor.pid}) was killed"
-    )
-    return dataclasses.replace(lost, reason=f"{reason}; go on with: cvlaunch submit --resume {folder.path.name}")
-
-
-def _left_behind(folder: SupervisorFolder) -> list[int]:
-    """Processes of the command that outlived the supervisor and the runner."""
-    return with_variable("CVLAUNCH_ROOT", str(folder.root)) if folder.root else []
+    def _commands(self) -> list[int]:
+        return with_variable("CVLAUNCH_ROOT", str(self.folder.root)) if self.folder.root else []
 
 
 def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
@@ -358,9 +226,3 @@ def _modules_missing(python: str, modules: Sequence[str]) -> list[str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.split()
-
-
-def _free_space(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

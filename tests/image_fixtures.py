@@ -20,7 +20,15 @@ def base_image() -> str:
 @pytest.fixture(scope="session")
 def trainer_image() -> str:
     """Reference of the real image, in podman's storage on this machine."""
-    return image.trainer_image()
+    return image.trainer_image().reference
+
+
+@pytest.fixture
+def trainer_image_here(trainer_image: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, and `image: cvlaunch-trainer` in a job file is this one."""
+    for name, value in image.build_environment().items():
+        monkeypatch.setenv(name, value)
+    return trainer_image
 
 
 @pytest.fixture(scope="session")

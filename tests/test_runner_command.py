@@ -64,6 +64,13 @@ def test_caches_beside_a_home_that_can_be_written(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_caches_of_the_trainer_image_stay_out_of_home(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "CVLAUNCH_SCRATCH_CACHES": "1", "HF_HOME": "/models"}
+    found = environment(tmp_path / "root", environ, scratch=tmp_path / "scratch")
+    assert below({n: found[n] for n in HOMES}, tmp_path / "scratch") == {*HOMES} - {"HOME", "HF_HOME"}
+    assert found["HOME"] == str(tmp_path) and list(tmp_path.glob(".*")) == []
+
+
 def test_temporary_files_where_tmp_can_t_be_written(tmp_path: Path) -> None:
     root = Path("/tmp") / f"cv{os.getpid()}"
     try:

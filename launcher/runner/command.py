@@ -38,6 +38,9 @@ _CACHES = {
 }
 """Variable → where its library writes without it, below HOME."""
 
+_SCRATCH_CACHES = "CVLAUNCH_SCRATCH_CACHES"
+"""Set in the trainer image: a cache in its HOME would end with the container, and some platforms forbid it."""
+
 _TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - what libraries take without TMPDIR
 _SOCKET = "pymp-12345678/listener-12345678"
 """What multiprocessing makes below TMPDIR; the kernel takes 107 bytes for a socket's path."""
@@ -169,8 +172,9 @@ def _home_variables(env: Mapping[str, str], scratch: Path) -> dict[str, str]:
     if not env.get("HOME") or not _can_write(Path(home)):
         home = str(_made(scratch / "home"))
         found["HOME"] = home
+    to_scratch = env.get(_SCRATCH_CACHES) == "1"
     for name, default in _CACHES.items():
-        if name not in env and not _can_write(Path(home) / default):
+        if name not in env and (to_scratch or not _can_write(Path(home) / default)):
             found[name] = str(_made(scratch / name.lower()))
     return found
 

@@ -53,8 +53,16 @@ def writable(folder: Path) -> bool:
 
 
 def make_folders(layout: Layout) -> None:
+    """SpecError where the platform made a folder on the way to a mount point, and made it its own."""
     for folder in (layout.job.parent, layout.stop.parent, layout.checkpoints, layout.model, layout.output):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            above = next(path for path in folder.parents if path.exists())
+            raise SpecError(
+                f"uid {os.getuid()} can't make {folder}: {above} belongs to uid {above.stat().st_uid}. "
+                "Where data is mounted below the root, its folders have to be there first, or be volumes too"
+            ) from error
 
 
 def scratch_folder(layout: Layout) -> Path:

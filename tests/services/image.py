@@ -5,69 +5,52 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.engine import find_engine
+from launcher.image import BASE_VARIABLE, OPTIONS_VARIABLE, Built, build, trainer_recipe
 from tests.services.base import base_image
-from tests.services.podman import CACHE, image_exists, locked, podman, podman_works
+from tests.services.podman import locked, podman, podman_works
 
-__all__ = ["CONTEXT_FILES", "build", "host_options", "layers", "main", "trainer_image"]
-
-_ROOT = Path(__file__).parents[2]
-_REPOSITORY = "localhost/cvlaunch-test-trainer"
-CONTEXT_FILES = ("Dockerfile", "requirements.lock")
+__all__ = ["build_environment", "host_options", "layers", "main", "trainer_image"]
 
 
-def trainer_image() -> str:
-    """Its reference; the tag says what went in. Built where it is not there yet, by one process of several."""
-    base = base_image()
-    with locked("trainer-image"), tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        context = _context(Path(scratch))
-        inputs = [path.read_bytes() for path in sorted(context.iterdir())]
-        digest = hashlib.sha256(b"\0".join([base.encode(), *inputs])).hexdigest()
-        reference = f"{_REPOSITORY}:{digest[:12]}"
-        if not image_exists(reference):
-            build(context, reference, options=[f"--build-arg=BASE={base}", *host_options()])
-        return reference
+def trainer_image() -> Built:
+    """Built where it is not there yet, by one process of several."""
+    recipe = trainer_recipe(base=base_image(), options=host_options())
+    with locked("trainer-image"):
+        return build(recipe, find_engine("podman"), say=lambda line: None)
 
 
-def _context(folder: Path) -> Path:
-    """A folder with all that the build sees."""
-    subprocess.run([_uv(), "build", "--quiet", "--wheel", "--out-dir", folder, _ROOT], check=True)
-    (folder / ".gitignore").unlink(missing_ok=True)
-    for name in CONTEXT_FILES:
-        shutil.copy(_ROOT / "trainer_image" / name, folder / name)
-    return folder
+def build_environment() -> dict[str, str]:
+    """With these variables `cvlaunch image build` makes, and `image: cvlaunch-trainer` is, that same image."""
+    return {
+        "CVLAUNCH_ENGINE": "podman",
+        BASE_VARIABLE: base_image(),
+        OPTIONS_VARIABLE: shlex.join(host_options()),
+    }
 
 
-def _uv() -> Path:
-    return Path(sys.executable).with_name("uv")
-
-
-def host_options() -> list[str]:
+@functools.cache
+def host_options() -> tuple[str, ...]:
     """So that a build downloads nothing twice, and trusts whom this machine trusts.
 
     The cache is mounted on a folder that every base has: another mount point would stay behind in the image.
     """
-    cache = subprocess.run([_uv(), "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+    uv = Path(sys.executable).with_name("uv")
+    cache = subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
     Path(cache).mkdir(parents=True, exist_ok=True)
-    options = ["--network=host", f"--volume={cache}:/mnt", "--build-arg=UV_CACHE_DIR=/mnt"]
     bundle = os.environ.get("SSL_CERT_FILE")
-    return [*options, f"--secret=id=ca-bundle,src={bundle}"] if bundle else options
-
-
-def build(context: Path, reference: str, *, options: Sequence[str] = (), target: str | None = None) -> str:
-    """What podman printed. target: a stage of the Dockerfile, instead of the last one."""
-    stage = [f"--target={target}"] if target else []
-    return podman("build", "--layers", *options, *stage, f"--tag={reference}", context)
+    trust = [f"--secret=id=ca-bundle,src={bundle}"] if bundle else []
+    return ("--network=host", f"--volume={cache}:/mnt", "--build-arg=UV_CACHE_DIR=/mnt", *trust)
 
 
 def layers(reference: str) -> list[tuple[int, str]]:
@@ -80,11 +63,11 @@ def main() -> None:
     if not (podman_works() and shutil.which("debootstrap")):
         print("no trainer image: that needs root, podman and debootstrap")
         return
-    for name, make in (("base", base_image), ("trainer image", trainer_image)):
-        start = time.monotonic()
-        reference = make()
-        print(f"{name}: {reference}, {time.monotonic() - start:.0f} s")
-    for size, instruction in layers(reference):
+    start = time.monotonic()
+    print(f"base: {base_image()}, {time.monotonic() - start:.0f} s")
+    built = trainer_image()
+    print(f"trainer image: {built.reference}, {f'{built.seconds:.0f} s' if built.rebuilt else 'unchanged'}")
+    for size, instruction in layers(built.reference):
         print(f"{size / 1e6:10.1f} MB  {instruction.partition('/bin/sh -c ')[2].removeprefix('#(nop) ')[:90]}")
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from launcher.backends.base import BaseTarget, Handle, Plan
+from launcher.backends.base import BaseTarget, Feature, Handle, Plan, Support
 from launcher.backends.local import LocalBackend, LocalTarget
 from launcher.errors import AuthError, CapacityError, UnreachableError
 from launcher.paths import templates_folder
@@ -34,6 +34,10 @@ class DoubtfulBackend(LocalBackend):
     name: ClassVar[str] = "doubtful"
     Target: ClassVar[type[BaseTarget]] = DoubtfulTarget
     doubt_s: ClassVar[float] = 300.0
+    features: ClassVar[Mapping[Feature, Support]] = {
+        **LocalBackend.features,
+        Feature.EXEC: Support(False, "it is not sure where it runs; look at its logs"),
+    }
     target: DoubtfulTarget
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:

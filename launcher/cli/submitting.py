@@ -200,6 +200,10 @@ def _compare(earlier: Run, again: Run, settings: Sequence[str], out: Out) -> dic
 
     found = compare(earlier.record, again.record)
     _say_how_alike(found, earlier.id, settings, out)
+    code = again.record.job["job_file"].get("code")
+    if code and not any(difference.key == "code" for difference in found.differences):
+        root = again.record.job["spec"]["code"]["root"]
+        out.note(clean(f"code: as it was sent then; --set code.root={root} takes it as it is now", colours=False))
     return {"identical": found.identical, "differences": found.to_json()["differences"]}
 
 

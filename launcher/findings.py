@@ -151,7 +151,7 @@ def _running(case: Case, runs: Sequence[Ran], stopped: Ran | None) -> Iterator[F
         if rule == "stop":
             yield _stop(case, first, stopped)
         elif rule == "writes" and (lost := _lost(case, runs)):
-            yield _broken(case, rule, f"{_several(lost)} is lost with the container")
+            yield Finding(rule, Verdict.BROKEN, f"{_several(lost)}: lost with the container", _write_below(case))
         elif rule in signs and (rule == blamed or (always and blamed is None)):
             yield _broken(case, rule, signs[rule])
         elif blamed is not None and rule in ("read-only root", "shm", "network", "results"):
@@ -174,10 +174,9 @@ def _signs(case: Case, runs: Sequence[Ran]) -> dict[str, str]:
     elif runs[0].exit_code == 128 + signal.SIGBUS:
         found["shm"] = "killed by SIGBUS"
     for sign in _SIGNS:
-        if sign.rule == "read-only root" and not case.rules.read_only_root:
-            continue
+        rule = sign.rule if sign.rule in _rules_of_running(case) else "writes"  # data are read-only everywhere
         if line := next((line for line in lines if re.search(sign.words, line, re.IGNORECASE)), None):
-            found[sign.rule] = line
+            found.setdefault(rule, line)
     return {rule: line.strip()[:_LONGEST] for rule, line in found.items()}
 
 
@@ -235,19 +234,24 @@ def _broken(case: Case, rule: str, seen: str) -> Finding:
     return Finding(rule, Verdict.BROKEN, seen, _WAYS_OUT[rule].format(**_words(case)))
 
 
+def _write_below(case: Case) -> str:
+    return f"write below {' or '.join(case.rules.writable)}"
+
+
 def _words(case: Case) -> dict[str, str]:
-    how = case.rules.shm.how
+    shm = case.rules.shm
+    fixed = f"its size is fixed on {case.platform}: fewer data loader workers, a smaller batch"
     return {
-        "writable": " or ".join(case.rules.writable),
+        "write_below": _write_below(case),
         "platform": case.platform,
-        "shm": f"resources.shm sets it, by {how}" if how else "it can't be set there: fewer workers, smaller batches",
+        "shm": f"resources.shm: 1Gi, which {case.platform} sets by {shm.how}" if shm.how else fixed,
     }
 
 
 _WAYS_OUT = {
     "user": "take no user name for granted: set HOME and USER, or let cvlaunch-run start it, which does",
-    "writes": "write below {writable}; what the image must change in place needs group 0: chgrp -R 0 and chmod -R g=u",
-    "read-only root": "write below {writable} and nowhere else",
+    "writes": "{write_below}; or open the folder in the Dockerfile: chgrp -R 0 FOLDER && chmod -R g=u FOLDER",
+    "read-only root": "{write_below} and nowhere else",
     "shm": "{shm}",
     "network": "bring it along: files as a data channel, weights as the channel `weights`, packages in the image; or, "
     "where {platform} lets it out, rehearse with --network",

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.containers import AUTO
 from launcher.contract import CODE, JOB, OUTPUT_FOLDERS, RESULT, JobFile, Layout, newest_checkpoint, read_json
 from launcher.engine import ContainerOptions, Engine, LocalImage, Mount, engine_error, find_engine
 from launcher.errors import SpecError, nearest
@@ -32,6 +33,7 @@ from launcher.shm import shm_size
 from launcher.spec import JobSpec
 from launcher.stores import path_of, scheme
 from launcher.submission import Prepared, client_secrets, prepare
+from launcher.targets import load_targets
 
 if TYPE_CHECKING:
     from launcher.backends.base import Job
@@ -72,13 +74,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """notes: what differs from the platform. log: the last lines, where a rule is broken."""
+    """notes: what differs from the platform. assumed: what no source says of it. log: the last lines, if a rule is
+    broken."""
 
     platform: str
     image: str
     user: str
     findings: Sequence[Finding]
     notes: Sequence[str] = ()
+    assumed: Sequence[str] = ()
     log: Sequence[str] = ()
 
     @property
@@ -117,7 +121,7 @@ def rehearse(request: Request, say: Say) -> Report:
     rules = rules_of(request.platform)
     folder = request.job.absolute().parent
     written = load_job(request.job, request.settings)
-    engine = find_engine()
+    engine = _engine(folder)
     image = _image(engine, written, request, folder, say)
     spec, notes = _here(written)
     with _scratch(engine, image) as scratch:
@@ -127,6 +131,13 @@ def rehearse(request: Request, say: Say) -> Report:
             stage = _Stage(engine, rules, request, prepared, image, values, scratch, say)
             stage.bring_data()
             return _report(stage, [*notes, *_notes(stage, written)])
+
+
+def _engine(folder: Path) -> Engine:
+    """The one that the target for containers names, as everywhere."""
+    target = load_targets(folder).select(backend=_BACKEND).target
+    name = getattr(target, "engine", AUTO)
+    return find_engine(None if name == AUTO else name)
 
 
 def _image(engine: Engine, spec: JobSpec, request: Request, folder: Path, say: Say) -> LocalImage:
@@ -494,7 +505,8 @@ def _report(stage: _Stage, notes: Sequence[str]) -> Report:
     bad = any(finding.verdict is Verdict.BROKEN for finding in found)
     lines = list((stopped if stopped and not first.failed else first).lines)[-_LAST_LINES:] if bad else []
     name = next(iter(stage.image.names), stage.image.config_digest)
-    return Report(stage.request.platform, name, case.user, found, notes, lines)
+    assumed = tuple(stage.rules.assumed.values())
+    return Report(stage.request.platform, name, case.user, found, notes, assumed, lines)
 
 
 def _play(stage: _Stage) -> tuple[Ran, Ran | None, str]:

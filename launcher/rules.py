@@ -1,6 +1,6 @@
 """What each platform does to a container: read by plans, by rehearsal and by the test worlds.
 
-What no source says is filled in as strictly as is likely: `ContainerRules.sources` names the rules that have one.
+What no source says is filled in as strictly as is likely, and `ContainerRules.assumed` says so.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ContainerRules:
     there. files: path below `root` → what the platform writes there. env: what it sets. drop_capabilities: all of them,
     and none can be had back. init: the image's command is not the first process. grace_s: between the stop signal and
     the kill; None is what the job asks for. network: whether a container reaches others. container: False runs a
-    process instead. sources: name of a rule → key of SOURCES.
+    process instead. sources: name of a rule → key of SOURCES. assumed: name of a rule → what no source says of it.
     """
 
     uid: int | Literal["random", "image"] | None = None
@@ -77,7 +77,12 @@ class ContainerRules:
     network: bool = True
     container: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
+
+_NO_SIZE = "shared memory has 64 MiB, Docker's default"
+_NO_GRACE = "the stop signal is SIGTERM, and the kill comes after the job's grace"
+_ROOT = "a container runs as the image's USER, which is root where it names none"
 
 _SAGEMAKER = ContainerRules(
     uid="image",
@@ -96,6 +101,7 @@ _SAGEMAKER = ContainerRules(
     },
     grace_s=120.0,
     sources={"writes": "SMDG", "shm": "BC", "environment": "SMTT", "stop": "SMDG", "results": "SMDG"},
+    assumed={"user": _ROOT, "shm": _NO_SIZE},
 )
 
 _VERTEX = ContainerRules(
@@ -112,6 +118,7 @@ _VERTEX = ContainerRules(
         ),
     },
     sources={"shm": "VX", "environment": "VXE"},
+    assumed={"user": _ROOT, "shm": _NO_SIZE, "stop": _NO_GRACE},
 )
 
 _OVH = ContainerRules(
@@ -119,6 +126,7 @@ _OVH = ContainerRules(
     gid=42420,
     shm=Shm(source="its JobSpec has no field for it"),
     sources={"user": "OD", "shm": "OA", "platform": "OD"},
+    assumed={"shm": _NO_SIZE, "stop": _NO_GRACE},
 )
 
 _KUBERNETES = ContainerRules(
@@ -129,6 +137,7 @@ _KUBERNETES = ContainerRules(
     shm=Shm(how="an emptyDir of medium Memory", size=DEFAULT_SHM, source="it is containerd's default"),
     env={"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443", "JOB_COMPLETION_INDEX": "0"},
     sources={"user": "PSA", "privileges": "PSA", "shm": "K8S", "environment": "K8S", "stop": "K8S"},
+    assumed={"user": "the cluster holds pods to the profile `restricted`, and the job asks for user 1000"},
 )
 
 _OPENSHIFT = ContainerRules(
@@ -161,6 +170,7 @@ _SLURM = ContainerRules(
         "SLURM_LOCALID": "0",
     },
     sources={"writes": "APT", "shm": "APT", "environment": "SLM", "stop": "SLM"},
+    assumed={"read-only root": "the site runs Apptainer without a writable layer"},
 )
 
 RULES: Mapping[str, ContainerRules] = {

@@ -21,6 +21,7 @@ SECTIONS = {
         "init": ("writing:init", "Write a job file that fits a data folder."),
         "schema": ("writing:schema", "Print the JSON Schema of job files."),
         "render": ("rendering:render", "Show what would be sent, without sending it."),
+        "rehearse": ("rehearsing:rehearse", "Run a job's image here under a platform's rules."),
         "data": ("data:data", "Check, fingerprint and push data folders."),
         "image": ("images:image", "Build, push and look at the images that jobs run in."),
     },
@@ -55,7 +56,7 @@ SECTIONS = {
 
 EXIT_CODES = {
     0: "done",
-    1: "the run did not succeed; `diff`: the jobs differ",
+    1: "the run did not succeed; `diff`: the jobs differ; `rehearse`: a rule is broken",
     2: "wrong input: the message names file, line and key",
     4: "no identity, or one without the permission",
     5: "no room: quota, hardware or disk",

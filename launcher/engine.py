@@ -601,7 +601,7 @@ class _Word:
     advice: str
 
 
-_NO_SPACE = r"no space left on device|disk quota exceeded"
+_NO_SPACE = r"(?:write [^\s:]+: )?(?:no space left on device|disk quota exceeded)"
 
 _WORDS = (
     _Word(_NO_SPACE, CapacityError, "free some space where images are kept"),
@@ -620,6 +620,7 @@ _WORDS = (
         AuthError,
         "log in to the registry: {engine} login REGISTRY",
     ),
+    _Word(r"pull access denied", SpecError, "check its name and tag; one that is private needs: {engine} login"),
     _Word(
         r"denied|forbidden|read-only|method not allowed|\bunsupported\b.*operation|status code 405",
         AuthError,
@@ -631,7 +632,7 @@ _WORDS = (
     _Word(
         r"manifest unknown|name unknown|repository name not known|requested resource .*not found|no such image"
         r"|image not known|no such object|no such container|not found: manifest|did not resolve to an alias"
-        r"|does not exist|pull access denied|no container with name or id|image not found",
+        r"|does not exist|no container with name or id|image not found",
         SpecError,
         "check its name and tag",
     ),
@@ -651,7 +652,8 @@ def engine_error(engine: str, action: str, output: str) -> CvlaunchError:
     """What an engine printed when it failed, as one of our errors. Words that nobody knows are a SpecError."""
     said = _last_words(output)
     for word in _WORDS:
-        if re.search(word.pattern, output, re.IGNORECASE):
+        if found := re.search(word.pattern, output, re.IGNORECASE):
+            said = found[0] if word.pattern == _NO_SPACE else said  # the line around it can be pages
             return word.kind(f"{engine} {action}: {said}; {word.advice.format(engine=engine)}")
     return SpecError(f"{engine} {action} failed: {said}")
 

@@ -175,19 +175,20 @@ def _image(
 ) -> Image | None:
     if not selected.backend.rules.container:
         return None
+    engine = getattr(selected.target, "engine", None)  # a key of targets whose jobs an engine of this machine runs
     wanted = Wanted(
         target=selected.name,
         image=spec.image,
         folder=folder / Path(spec.build).expanduser() if spec.build else None,
         here=here,
         registry=selected.target.registry,
-        engine=getattr(selected.target, "engine", None),  # a key of targets whose jobs an engine of this machine runs
+        engine=None if engine == "auto" else engine,
         profile=selected.target.storage.profile,
     )
     try:
         return pin(wanted, make=make)
     except SpecError as error:
-        placed = type(error)(str(error), key="build" if spec.build else "image")
+        placed = type(error)(error.message, key="build" if spec.build else "image")
         raise placed.with_traceback(error.__traceback__) from error
 
 

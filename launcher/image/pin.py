@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.backends.base import Image
 from launcher.engine import Engine, LocalImage, find_engine
-from launcher.errors import AuthError, SpecError, UnreachableError, UnsupportedError
+from launcher.errors import CvlaunchError, SpecError
 from launcher.image.build import build
 from launcher.image.recipe import NAME, Recipe, folder_recipe, trainer_recipe
 from launcher.image.registry import digest_in, pull, push, recall
@@ -78,10 +78,11 @@ def _built_for_registry(wanted: Wanted, recipe: Recipe, make: Callable[[str], No
 
 
 def _named_here(wanted: Wanted, reference: str, make: Callable[[str], None] | None) -> Image:
+    digest = digest_in(reference)
     found = _look(wanted, reference) if make is None else _engine(wanted).image(reference)
     if found is None and make is not None:
         found = pull(_engine(wanted), reference, say=make, profile=wanted.profile)
-    return _image(reference, digest_in(reference), found)
+    return _image(reference, digest, found)
 
 
 def _named(wanted: Wanted, reference: str, make: Callable[[str], None] | None) -> Image:
@@ -108,5 +109,5 @@ def _engine(wanted: Wanted) -> Engine:
 def _look(wanted: Wanted, reference: str) -> LocalImage | None:
     try:
         return _engine(wanted).image(reference)
-    except (UnsupportedError, UnreachableError, AuthError):
+    except CvlaunchError:
         return None

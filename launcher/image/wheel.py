@@ -91,7 +91,7 @@ def _known_to_git(root: Path) -> list[str] | None:
 
 def _metadata(distribution: importlib.metadata.Distribution) -> Mapping[str, bytes]:
     """Without the description, which is the README: a word changed there makes no other image."""
-    headers = (distribution.read_text("METADATA") or "").partition("\n\n")[0]
+    headers = (distribution.read_text("METADATA") or "").partition("\n\n")[0].rstrip()
     texts = {
         "METADATA": f"{headers}\n",
         "WHEEL": _WHEEL,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.services import base, image
+from tests.services.podman import locked
 from tests.services.registry import Registry, registry_server
 
 
@@ -43,3 +44,10 @@ def registry(registry_process: Registry, monkeypatch: pytest.MonkeyPatch) -> str
     for name, value in registry_process.environment.items():
         monkeypatch.setenv(name, value)
     return registry_process.address
+
+
+@pytest.fixture
+def images_alone() -> Iterator[None]:
+    """For a test that builds or removes images itself: no other worker does meanwhile, which Podman 4.3 can't stand."""
+    with locked("images"):
+        yield

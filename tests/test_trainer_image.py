@@ -27,7 +27,7 @@ import yaml
 from launcher.contract import CONTRACT, Channel, JobFile, Layout
 from tests.runner_world import IN_PLACE, RUNNER, UPLOADED
 from tests.services.image import layers
-from tests.services.podman import image_exists, podman
+from tests.services.podman import image_exists, locked, podman
 from tests.trainer_runs import REPOSITORY, metrics
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
@@ -391,9 +391,10 @@ class Small:
             f"--secret=id=pip.conf,src={self.folder}/pip.conf",
         ]
         self.tags.append(tag)
-        for stage in ("lock", "tools"):  # by a name they can be removed
-            podman("build", "--layers", *options, f"--target={stage}", f"--tag={tag}-{stage}", context)
-        podman("build", "--layers", *options, f"--tag={tag}", context)
+        with locked("images"):
+            for stage in ("lock", *(["tools"] if "uv" in instead else [])):  # by a name they can be removed
+                podman("build", "--layers", *options, f"--target={stage}", f"--tag={tag}-{stage}", context)
+            podman("build", "--layers", *options, f"--tag={tag}", context)
         return json.loads(podman("image", "inspect", "--format={{json .RootFS.Layers}}", tag))
 
 
@@ -415,8 +416,9 @@ def _write_wheel(folder: Path, code: str) -> None:
 def small(base_image: str, index: Index, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
     builds = Small(base_image, index, tmp_path_factory.mktemp("small"))
     yield builds
-    for tag in reversed(builds.tags):
-        podman("rmi", "--force", tag, f"{tag}-lock", f"{tag}-tools", check=False)
+    with locked("images"):
+        for tag in reversed(builds.tags):
+            podman("rmi", "--force", tag, f"{tag}-lock", f"{tag}-tools", check=False)
 
 
 @pytest.fixture(scope="module")
@@ -479,9 +481,7 @@ def test_pin_base(base_image: str, registry: str, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             pinned = dockerfile.read_text().splitlines()[1].removeprefix("ARG BASE=")
             assert re.fullmatch(rf"{re.escape(name)}@sha256:[0-9a-f]{{64}}", pinned)
-        podman("build", "--quiet", tmp_path, "--tag", f"localhost/cvlaunch-test-pinned:{os.getpid()}")
     finally:
-        podman("rmi", "--force", f"localhost/cvlaunch-test-pinned:{os.getpid()}", check=False)
         podman("untag", base_image, name, check=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -21,13 +22,15 @@ _NEEDLESS = (
 )  # fmt: skip
 
 
+@functools.cache
 def base_image() -> str:
     """Its reference; the tag says what it was made from. Built once, and kept."""
     recipe = "\n".join([_SUITE, _MIRROR, *_NEEDLESS])
     reference = f"{_REPOSITORY}:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with locked("base"):
-        if not image_exists(reference):
-            _build(reference)
+    if not image_exists(reference):
+        with locked("images"):
+            if not image_exists(reference):
+                _build(reference)
     return reference
 
 

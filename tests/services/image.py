@@ -26,7 +26,7 @@ __all__ = ["build_environment", "host_options", "layers", "main", "trainer_image
 def trainer_image() -> Built:
     """Built where it is not there yet, by one process of several."""
     recipe = trainer_recipe(base=base_image(), options=host_options())
-    with locked("trainer-image"):
+    with locked("images"):
         return build(recipe, find_engine("podman"), say=lambda line: None)
 
 

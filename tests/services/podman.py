@@ -46,7 +46,11 @@ def image_exists(reference: str) -> bool:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time, of all that test this checkout."""
+    """One process at a time, of all that test this checkout. Not to be nested.
+
+    `images` is for building and removing images: Podman 4.3 fails a build ("layer not known") while another process
+    removes one.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

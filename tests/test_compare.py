@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 
 from launcher import manifest
-from launcher.compare import Comparison, compare
+from launcher.compare import Comparison, Surroundings, compare
 from launcher.ledger import RunRecord
 from launcher.spec import JobSpec
 from launcher.stores import open_store
 from launcher.submission import _record, prepare
+from tests.cli_tool import cli
 
 TRAIN: dict[str, Any] = {
     "name": "pets",
@@ -112,3 +115,137 @@ def test_digests_that_differ_for_no_known_reason_are_still_different(record: Cal
     assert not found.identical
     assert keys(found) == {"job digest": (one.plan["job_digest"][:12], "f" * 12)}
     assert found.to_json()["differences"][0]["key"] == "job digest"
+
+
+# ---- what they had around them
+
+GPU = {"name": "NVIDIA H200", "memory": 143771 << 20, "uuid": "GPU-1", "driver": "570.1"}
+ENVIRONMENT: dict[str, object] = {
+    "cvlaunch": "0.1.0",
+    "kind": "container",
+    "image": {"reference": "r/trainer:1", "digest": "sha256:1", "config_digest": "sha256:c"},
+    "code": {"sha256": "f" * 64, "commit": "c0ffee", "dirty": False},
+    "torch": "2.15.0+cu132",
+    "cuda": "13.2",
+    "cudnn": "9.26",
+    "nccl": None,
+    "hostname": "a1b2c3",
+    "node": "gpu-01",
+    "user": {"uid": 1000},
+    "cpu": "EPYC",
+    "cpus": 8,
+    "memory": 64 << 30,
+    "gpus": [GPU, {**GPU, "uuid": "GPU-2"}],
+    "driver": "570.1",
+    "cuda_driver": "12.8",
+    "packages_changed": None,
+    "packages": {"numpy": "2.0.0", "torch": "2.15.0"},
+}
+
+AROUND: dict[str, tuple[dict[str, object], dict[str, tuple[str, str]]]] = {
+    "nothing": ({}, {}),
+    "another container on the same node": ({"hostname": "d4e5f6", "user": {"uid": 0}}, {}),
+    "another card of the kind": ({"gpus": [GPU, {**GPU, "uuid": "GPU-9"}]}, {}),
+    "fewer GPUs": ({"gpus": [GPU]}, {"gpus": ("2 × NVIDIA H200 (140.4 GiB)", "NVIDIA H200 (140.4 GiB)")}),
+    "no GPU": (
+        {"gpus": [], "driver": None},
+        {"gpus": ("2 × NVIDIA H200 (140.4 GiB)", "none"), "driver": ("570.1", "-")},
+    ),
+    "driver": (
+        {"driver": "580.2", "cuda_driver": "13.0"},
+        {"driver": ("570.1", "580.2"), "cuda_driver": ("12.8", "13.0")},
+    ),
+    "CUDA and cuDNN": (
+        {"cuda": "12.6", "cudnn": "9.1", "torch": "2.15.0+cu126"},
+        {"cuda": ("13.2", "12.6"), "cudnn": ("9.26", "9.1"), "torch": ("2.15.0+cu132", "2.15.0+cu126")},
+    ),
+    "image": (
+        {"image": {"reference": "r/trainer:1", "digest": "sha256:2"}},
+        {"image.digest": ("sha256:1", "sha256:2")},
+    ),
+    "processor and memory": (
+        {"cpu": "Xeon", "memory": 32 << 30},
+        {"cpu": ("EPYC", "Xeon"), "memory": ("64.0 GiB", "32.0 GiB")},
+    ),
+    "commit": (
+        {"code": {"sha256": "f" * 64, "commit": "beef", "dirty": True}},
+        {"code.commit": ("c0ffee", "beef"), "code.dirty": ("false", "true")},
+    ),
+    "of another version": (
+        {"image": "r/trainer:1", "gpus": "none", "memory": "much", "cpus": [1, 2], "packages": ["numpy"]},
+        {
+            "memory": ("64.0 GiB", "much"),
+            "image.reference": ("r/trainer:1", "-"),
+            "image.digest": ("sha256:1", "-"),
+            "image": ("-", "r/trainer:1"),
+            "cpus": ("8", "[1, 2]"),
+            "gpus": ("2 × NVIDIA H200 (140.4 GiB)", "-"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_other_surroundings_leave_the_job_identical(case: str, record: Callable[..., RunRecord]) -> None:
+    change, expected = AROUND[case]
+    one = record(COMMAND)
+    around = Surroundings.from_json(ENVIRONMENT), Surroundings.from_json({**ENVIRONMENT, **change})
+    found = compare(one, one, around)
+    assert found.identical and not found.not_compared
+    assert {d.key: (d.a, d.b) for d in found.surroundings} == expected
+
+
+def test_packages_are_told_apart_and_once(record: Callable[..., RunRecord]) -> None:
+    one = record(COMMAND)
+    other = {**ENVIRONMENT, "torch": "2.14", "packages": {"torch": "2.14", "pillow": "12", "numpy": "2.1.0"}}
+    found = compare(one, one, (Surroundings.from_json(ENVIRONMENT), Surroundings.from_json(other)))
+    assert [str(d) for d in found.packages] == ["numpy: 2.0.0 → 2.1.0", "pillow: - → 12"]
+    assert [str(d) for d in found.surroundings] == ["torch: 2.15.0+cu132 → 2.14"]
+
+
+def test_surroundings_that_nobody_knows_are_no_failure(record: Callable[..., RunRecord]) -> None:
+    one = record(COMMAND)
+    found = compare(one, one, (Surroundings.from_json(ENVIRONMENT), Surroundings(why_not="pets-1: none")))
+    assert (found.identical, found.surroundings, found.not_compared) == (True, (), ("pets-1: none",))
+
+
+def test_diff_of_real_runs(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f"name: pets\ncommand: [{sys.executable}, -c, pass]\noutput: results\n")
+    for run_id in "one", "two":
+        assert cli("submit", "job.yaml", "--run-id", run_id, "--follow", cwd=tmp_path).returncode == 0
+    same = cli("diff", "one", "two", cwd=tmp_path)
+    assert (same.returncode, same.stdout.splitlines()) == (
+        0, ["identical job", "unpinned: image: a process runs in an environment that no digest covers"]
+    )  # fmt: skip
+
+    path = tmp_path / "results/two/output/environment.json"
+    facts = json.loads(path.read_text())
+    count = len(facts["packages"])
+    few = {**facts["packages"], "numpy": "0.1"}
+    path.write_text(json.dumps({**facts, "cpu": "Z80\x1b[31m", "node": "gpu-03", "packages": few}))
+    told = cli("diff", "one", "two", cwd=tmp_path)
+    assert (told.returncode, told.stdout.splitlines()[1:5]) == (
+        0,
+        [
+            "same job, other surroundings:",
+            f"  cpu: {facts['cpu']} → Z80",
+            "  node: - → gpu-03",
+            f"  package numpy: {facts['packages']['numpy']} → 0.1",
+        ],
+    )
+    path.write_text(json.dumps({**facts, "packages": dict.fromkeys(facts["packages"], "0")}))
+    differing = count - sum(name in facts for name in facts["packages"])
+    folded = cli("diff", "one", "two", cwd=tmp_path).stdout
+    assert f"  packages: {differing} differ; --all names them\n" in folded
+    assert cli("diff", "one", "two", "--all", cwd=tmp_path).stdout.count("\n  package ") == differing
+    assert len(json.loads(cli("diff", "one", "two", "--json", cwd=tmp_path).stdout)["packages"]) == differing
+
+    here = tmp_path / "results/two"
+    assert cli("sync", "two", "home", cwd=tmp_path).returncode == 0
+    here.rename(tmp_path / "results/elsewhere")
+    assert "differ; --all" in cli("diff", "one", "two", cwd=tmp_path).stdout  # by the synced folder
+    (tmp_path / "home/two/output/environment.json").unlink()
+    missing = cli("diff", "one", "two", cwd=tmp_path)
+    reason = f"surroundings not compared: two: no output/environment.json in file://{tmp_path}/results/two"
+    assert (missing.returncode, missing.stdout.splitlines()[:2]) == (0, ["identical job", reason])
+    assert json.loads(cli("diff", "one", "two", "--json", cwd=tmp_path).stdout)["not_compared"]

@@ -396,8 +396,8 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert "val/loss 0.0625 ★ best step 40, the last 0.45 step 20, the last" in page.text
     assert "val/accuracy 0.975 step 40, the last 0.99 ★ best step 10 · last 0.99" in page.text
     assert "train.epochs 4 9" in page.text
-    assert "packages.torch 2.15.0 2.9.0" in page.text
-    for same in ("train.task", "packages.timm", "python"):
+    assert "1 package in different versions package digits-a digits-b torch 2.15.0 2.9.0" in page.text
+    for same in ("train.task", "timm", "python"):
         assert same not in page.text
     assert {a["class"] for a in page.all("path", "curve")} == {"curve s0", "curve s1"}
 
@@ -514,6 +514,13 @@ def test_an_incomplete_upload_is_said(tmp_path: Path, upload: str, warned: bool)
     write(tmp_path, "output/result.json", {"state": "SUCCEEDED", "upload": upload})
 
     assert ("Files of this run may be missing" in render_report([tmp_path])) is warned
+
+
+def test_packages_that_are_not_the_image_s_are_shown(tmp_path: Path) -> None:
+    changes = {"added": {"shapely": "2.1"}, "changed": {"numpy": ["2.0.0", "2.1.0"]}, "removed": {}}
+    write(tmp_path, "output/environment.json", {"packages_changed": changes})
+
+    assert read_folder(tmp_path).environment == {"not as in the image": "shapely 2.1 added, numpy 2.0.0 → 2.1.0"}
 
 
 def test_flatten() -> None:

@@ -219,7 +219,7 @@ def _job(job: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def _environment(environment: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Without packages; GPUs of a kind counted, sizes readable."""
+    """Without packages, but with those that are not the image's; GPUs of a kind counted, sizes readable."""
     gpus = environment.get("gpus")
     if isinstance(gpus, list):
         yield "gpus", ", ".join(_gpus(gpus)) or "none"
@@ -227,8 +227,18 @@ def _environment(environment: Mapping[str, object]) -> Iterator[tuple[str, str]]
         size = _amount(value) if key in _SIZES else None
         if size is not None:
             yield key, format_size(size)
+        elif key == "packages_changed" and isinstance(value, dict):
+            yield "not as in the image", ", ".join(_package_changes(value))
         elif key not in ("packages", "gpus"):
             yield from flatten({key: value})
+
+
+def _package_changes(changes: Mapping[str, object]) -> Iterator[str]:
+    """`numpy 2.0.0 → 2.1.0`, `pillow 12.0 added`."""
+    for what, packages in changes.items():
+        for name, version in packages.items() if isinstance(packages, dict) else ():
+            pair = isinstance(version, list) and len(version) == 2
+            yield f"{name} {version[0]} → {version[1]}" if pair else f"{name} {version} {what}"
 
 
 def _gpus(gpus: list[object]) -> list[str]:

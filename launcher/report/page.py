@@ -171,9 +171,8 @@ def _several(views: Sequence[RunView]) -> Mapping[str, object]:
         "compared": [(name, _compared(views, name)) for name in sorted(_all_names(views), key=_chart_order)],
         "identity": _identity(views),
         "job_differences": _differences(jobs),
-        "environment_differences": _differences(
-            [{**v.run.environment, **{f"packages.{k}": t for k, t in v.run.packages.items()}} for v in views]
-        ),
+        "environment_differences": _differences([view.run.environment for view in views]),
+        "package_differences": sorted(_differences([view.run.packages for view in views]), key=lambda d: d.key),
     }
 
 

@@ -185,8 +185,12 @@ def _several(things: Sequence[str]) -> str:
 
 
 def _lost(case: Case, runs: Sequence[Ran]) -> list[str]:
-    """Paths that were written outside the folders that are kept, without caches and what the engine makes."""
-    changed = {line[2:] for run in runs for line in run.changes}
+    """Paths that were written outside the folders that are kept, without caches and what the engine makes.
+
+    A folder right below / that only changed had something that is gone again.
+    """
+    lines = {line for run in runs for line in run.changes}
+    changed = {line[2:] for line in lines if not (line.startswith("C ") and line.count("/") == 1)}
     parents = {str(parent) for path in (*changed, *case.mounted) for parent in PurePosixPath(path).parents}
     allowed = (*case.rules.writable, *case.mounted, *_ENGINES_FOLDERS)
     return sorted(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import secrets
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -38,7 +41,10 @@ from launcher.targets import load_targets
 if TYPE_CHECKING:
     from launcher.backends.base import Job
 
-__all__ = ["Report", "Request", "rehearse", "rules_of", "user_of"]
+__all__ = ["LABEL", "Report", "Request", "rehearse", "rules_of", "user_of"]
+
+LABEL = "io.cvlaunch.rehearsal"
+"""Of its containers: the process that rehearses."""
 
 _BACKEND = "container"
 _STORE, _DATA = "/mnt/cvlaunch-store", "/mnt/cvlaunch-data"
@@ -52,6 +58,7 @@ _CHECKPOINT_EVERY_S = 1.0
 _LOOK_S = 0.1
 _LAST_LINES = 20
 _LOG_BYTES = 4 << 20
+_FILES_LOOKED_AT = 1000
 
 Say = Callable[[str], None]
 
@@ -271,6 +278,8 @@ class _Stage:
 
     def _bring(self, name: str, uri: str) -> Path:
         if scheme(uri) == "file":
+            if user_of(self.rules, self.image) not in (None, "0:0"):
+                _check_readable(path_of(uri), name)
             return path_of(uri)
         if not self.request.network:
             raise SpecError(
@@ -310,6 +319,18 @@ class _Stage:
             movers=dict.fromkeys(OUTPUT_FOLDERS, "runner"),
             storage={},
         )
+
+
+def _check_readable(folder: Path, name: str) -> None:
+    """Platforms bring data in for their own user; here they are this user's files. Looks at the first thousand."""
+    for path in itertools.islice(itertools.chain((folder,), folder.rglob("*")), _FILES_LOOKED_AT):
+        wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
+        if path.stat().st_mode & wanted != wanted:
+            raise SpecError(
+                f"{path} is closed to other users, as which the image runs here; run: chmod -R go+rX "
+                f"{shlex.quote(str(folder))}",
+                key=f"data.{name}",
+            )
 
 
 # One container
@@ -401,6 +422,8 @@ def _running(stage: _Stage, name: str, *, steps: int | None) -> Iterator[_Contai
             _hand_over(client, stage.values)
         yield container
     finally:
+        if client.poll() is None:
+            stage.engine.signal(container.name, "SIGKILL")  # a removal alone would ask first, and wait
         stage.engine.remove(container.name)
         client.wait()
 
@@ -436,7 +459,7 @@ def _options(stage: _Stage, folder: Path, run_id: str, *, steps: int | None) -> 
         entrypoint=None if stage.foreign else (_RUNNER,),
         arguments=(job.command or ()) if stage.foreign else (),
         name=f"cvlaunch-rehearsal-{secrets.token_hex(4)}",
-        labels={"io.cvlaunch.rehearsal": stage.request.platform},
+        labels={LABEL: str(os.getpid())},
         env=env,
         mounts=tuple(mounts),
         user=user_of(rules, stage.image, rootless=stage.engine.rootless),

@@ -16,6 +16,7 @@ from launcher.contract import Code, JobFile
 from launcher.runner.environment import PackageChanges, describe_environment, package_changes, packages
 from launcher.runner.machine import Gpus, Limits, describe_machine, read_gpus, read_limits
 from tests.runner_world import RunnerWorld, python
+from tests.services.podman import podman
 
 IMAGE = {"reference": "registry.example.com/trainer:1", "digest": "sha256:1", "config_digest": "sha256:2"}
 JOB = JobFile("shapes-1", "shapes", "0" * 64, "file:///runs")
@@ -32,7 +33,8 @@ def test_a_real_runner_leaves_it(tmp_path: Path) -> None:
     assert facts["packages"]["torch"] == importlib.metadata.version("torch")
     assert facts["torch"].startswith(importlib.metadata.version("torch"))  # with +cu132, where a build says so
     assert facts["packages_changed"] is None
-    world.end(world.job(python("pass"), code=None))
+    world = RunnerWorld(tmp_path / "other")
+    world.end(world.job(python("pass")))
     process = json.loads(world.read("output/environment.json"))
     assert (process["image"], process["kind"], process["code"]) == (None, "process", None)
 
@@ -231,3 +233,19 @@ def test_a_gpu_with_its_memory_in_bytes(nvidia_smi: Path) -> None:
 def test_a_driver_that_does_not_answer_is_no_gpu(script: str, nvidia_smi: Path) -> None:
     nvidia_smi.write_text(script)
     assert read_gpus({}) == Gpus()
+
+
+@pytest.mark.needs("podman", "debootstrap")
+def test_the_image_s_list_and_the_limits_of_a_real_container(trainer_image: str) -> None:
+    script = (
+        "import json, os; from launcher.contract import JobFile; from launcher.runner.environment import *;"
+        "facts = describe_environment(JobFile('a-1', 'a', '0', 'o', image={'reference': 'r'}), os.environ);"
+        "print(json.dumps([facts, package_changes() == PackageChanges()]))"
+    )
+    limits = ["--memory=300m", "--cpus=1.5", "--shm-size=32m", "--user=1000730000:0", "--env=NODE_NAME=gpu-7"]
+    told = podman("run", "--rm", "--network=none", *limits, "--entrypoint=python", trainer_image, "-c", script)
+    facts, as_built = json.loads(told)
+    assert as_built
+    assert (facts["memory"], facts["cpu_limit"], facts["shm"]) == (300 * 2**20, 1.5, 32 * 2**20)
+    assert (facts["user"]["uid"], facts["user"]["gid"], facts["node"]) == (1000730000, 0, "gpu-7")
+    assert facts["os"].startswith("Debian") and facts["packages_changed"] is None

@@ -105,8 +105,9 @@ class ContainerOptions:
     user: `uid:gid`; None is the caller, so that what it writes belongs to whoever started it. shm, memory: bytes.
     tmpfs: path → bytes. gpus: UUIDs or indices. passwd: whether an arbitrary user gets an entry in /etc/passwd (Podman
     does that by default, Docker never). entrypoint: replaces the image's; arguments follow it. init: the engine's own
-    first process stands before the command. keep_stdin: the container reads our standard input. inherit: variables whose values are ours, and stand on no command line.
-    id_file: gets the container's id as soon as there is one. proxy_signals: what the client gets, the container gets.
+    first process stands before the command. keep_stdin: the container reads our standard input. inherit: variables
+    whose values are ours, and stand on no command line. id_file: gets the container's id as soon as there is one.
+    proxy_signals: what the client gets, the container gets.
     """
 
     image: str
@@ -604,6 +605,11 @@ class _Word:
 _NO_SPACE = r"(?:write [^\s:]+: )?(?:no space left on device|disk quota exceeded)"
 
 _WORDS = (
+    _Word(
+        r"container registry localhost\b|https?://localhost/v2/",
+        SpecError,
+        "names that begin with localhost/ are of this machine, and it has no such image",
+    ),
     _Word(_NO_SPACE, CapacityError, "free some space where images are kept"),
     _Word(
         r"cannot connect to the docker daemon|cannot connect to podman|unable to connect to podman",

@@ -88,6 +88,10 @@ BUILDS = [
     (f"cp: error writing 'x': No space left on device\n{STEP}", CapacityError, "free some space"),
     ("Error: creating build container: initializing source docker://h/nope:1: pinging container registry h: dial tcp: "
      "connect: connection refused", UnreachableError, "does not answer"),
+    ("Error: creating build container: initializing source docker://localhost/nope:1: pinging container registry "
+     'localhost: Get "https://localhost/v2/": connect: connection refused', SpecError, "it has no such image"),
+    ('failed to solve: failed to do request: Head "http://localhost/v2/nope/manifests/1": connect: connection refused',
+     SpecError, "it has no such image"),
     ("Error: creating build container: initializing source docker://h/nope:1: reading manifest 1 in h/nope: manifest "
      "unknown", SpecError, "check its name"),
 ]  # fmt: skip

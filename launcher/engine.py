@@ -673,12 +673,19 @@ _STEP_FAILED = re.compile(
 """What Podman and BuildKit say when the Dockerfile is to blame, not a registry or the machine."""
 
 
+_BOOKKEEPING = re.compile(
+    r"STEP |-->|time=|sha256:|---| ?>|\[\d+/\d+\] |\[internal\]|(DONE|CACHED|ERROR)\b(?!: failed)"
+    r"|transferring (context|docker)"
+)
+"""Lines of an engine that say nothing of why a step failed."""
+
+
 def build_error(engine: str, output: str, dockerfile: str) -> CvlaunchError:
     """Like `engine_error`, for a build. What a step itself printed is shown and not taken for the engine's words."""
     if not _STEP_FAILED.search(output) or re.search(_NO_SPACE, output, re.IGNORECASE):
         return engine_error(engine, "build", output)
     lines = [_plain(line) for line in output.splitlines()]
-    shown = [line for line in lines if line and not line.startswith(("STEP ", "-->", "time=", "sha256:", "---", "#"))]
+    shown = [line for line in lines if line and not _BOOKKEEPING.match(line)]
     return SpecError("\n".join([f"{dockerfile}: a step failed; {engine} said last:", *(f"  {s}" for s in shown[-10:])]))
 
 

@@ -97,6 +97,26 @@ BUILDS = [
 ]  # fmt: skip
 
 
+def test_of_a_failed_step_only_its_own_lines_are_shown() -> None:
+    """BuildKit of Docker 20.10, as it is."""
+    output = """\
+#3 [internal] load metadata for localhost/cvbase:12
+#3 sha256:2cf88ef20d0a2abcbf20a66cbbcc9654562bf4fe0e3048e63529d85eeae7e0af
+#3 DONE 0.0s
+#4 [1/2] FROM localhost/cvbase:12
+#4 CACHED
+#5 [2/2] RUN echo one; exit 3
+#5 0.301 one
+#5 ERROR: executor failed running [/bin/sh -c echo one; exit 3]: exit code: 3
+------
+ > [2/2] RUN echo one; exit 3:
+#5 0.301 one
+------
+executor failed running [/bin/sh -c echo one; exit 3]: exit code: 3"""
+    _, *shown = str(build_error("docker", output, "/x/Dockerfile")).splitlines()
+    assert shown == ["  one", "  one", "  executor failed running [/bin/sh -c echo one; exit 3]: exit code: 3"]
+
+
 @pytest.mark.parametrize(("output", "kind", "says"), BUILDS, ids=[words[0][:40] for words in BUILDS])
 def test_a_failed_build_blames_the_dockerfile_or_else_what_is_to_blame(
     output: str, kind: type[CvlaunchError], says: str

@@ -27,7 +27,7 @@ from launcher.quantities import format_duration
 from launcher.runner.child import Child
 from launcher.runner.code import install_requirements, unpack_code
 from launcher.runner.command import Command, build_command, command_environment
-from launcher.runner.environment import describe_environment
+from launcher.runner.environment import describe_environment, package_changes
 from launcher.runner.loaders import describe_shm, guard_loaders
 from launcher.runner.logs import RunLog
 from launcher.runner.place import Place
@@ -214,6 +214,7 @@ class Attempt:
             unpack_code(job.code, self._place.store, layout)
         env = self._environment(secrets, [])
         site = install_requirements(job.code, layout, env, abort) if job.code else None
+        self._look_at_packages(site)
         if job.nodes > 1:
             wait_for_master(self._place.ranks, abort)
         code = layout.code if job.code else None
@@ -240,9 +241,17 @@ class Attempt:
             f"{self._job.run_id}, attempt {self._progress.attempt}{node}; root {place.layout.root}; {describe_shm()}"
         )
 
-    def _describe(self) -> None:
+    def _look_at_packages(self, site: Path | None) -> None:
+        """site: the folder of those that the job itself brought, which environment.json names, too."""
+        if site:
+            self._describer.join(_DESCRIBE_S)
+            self._describe(site)
+        if changes := package_changes(site):
+            self._log.say(f"packages are not as in the image: {changes}")
+
+    def _describe(self, site: Path | None = None) -> None:
         """Beside the start: nvidia-smi can take seconds."""
-        write_json(self._place.home.root / ENVIRONMENT, describe_environment(self._job, self._environ))
+        write_json(self._place.home.root / ENVIRONMENT, describe_environment(self._job, self._environ, site=site))
 
     # -- train --------------------------------------------------------------------------------------------------------
 

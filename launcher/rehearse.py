@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.attempts import hand_over
 from launcher.containers import AUTO
 from launcher.contract import CODE, JOB, OUTPUT_FOLDERS, RESULT, JobFile, Layout, newest_checkpoint, read_json
 from launcher.engine import ContainerOptions, Engine, LocalImage, Mount, engine_error, find_engine
@@ -419,7 +420,7 @@ def _running(stage: _Stage, name: str, *, steps: int | None) -> Iterator[_Contai
     container = _Container(stage, str(options.name), client, log, folder / "store" / run_id, began)
     try:
         if secret:
-            _hand_over(client, stage.values)
+            hand_over(client, _secret_lines(stage.values))
         yield container
     finally:
         if client.poll() is None:
@@ -428,11 +429,9 @@ def _running(stage: _Stage, name: str, *, steps: int | None) -> Iterator[_Contai
         client.wait()
 
 
-def _hand_over(client: subprocess.Popen[bytes], values: Mapping[str, str]) -> None:
-    """On standard input, which the runner reads once."""
-    text = "".join(f"{name}={json.dumps(value)}\n" for name, value in values.items())
-    with contextlib.suppress(BrokenPipeError):
-        client.communicate(text.encode(), timeout=0)
+def _secret_lines(values: Mapping[str, str]) -> bytes:
+    """As the runner reads them from its standard input."""
+    return "".join(f"{name}={json.dumps(value)}\n" for name, value in values.items()).encode()
 
 
 def _opened(folder: Path) -> Path:

@@ -518,6 +518,23 @@ def test_what_has_no_source_is_called_assumed(platform: str) -> None:
     assert rules.root in rules.writable
 
 
+def test_the_page_tells_the_rules() -> None:
+    page = (REPOSITORY / "docs/rehearsal.md").read_text()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+    rows = {cells[0].strip("`"): cells[1:] for cells in table}
+    users = {"image": "the image's", None: "yours", "random": "random:0"}
+    for platform, rules in RULES.items():
+        user, mounts, image, shm, sources = rows.pop(platform)
+        assert user == users.get(rules.uid, f"{rules.uid}:{rules.gid}")
+        assert mounts == (", ".join(rules.mounts) or "–")
+        assert ("no capabilities" in image, "read-only" in image) == (rules.drop_capabilities, rules.read_only_root)
+        assert shm == ("this machine's" if rules.shm.host else "`resources.shm`" if rules.shm.how else "64 MiB")
+        assert sources == ", ".join(rules.sources)
+    assert rows == {}
+    told = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    assert {finding.rule for finding in findings(case_of("slurm"), GOOD, STOPPED)} <= told
+
+
 @pytest.mark.parametrize("platform", ["local", "container", "slurmm"])
 def test_what_is_no_platform(platform: str) -> None:
     with pytest.raises(SpecError, match="--like"):

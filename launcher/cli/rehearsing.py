@@ -114,7 +114,7 @@ def _print(report: Report, out: Out) -> None:
     for assumption in report.assumed:
         out.data(f"assumed of {report.platform}: {assumption}")
     out.data("")
-    columns = [Column("RULE"), Column("", style=lambda word: _STYLES[word]), Column("SEEN", whole=False)]
+    columns = [Column("RULE"), Column("VERDICT", style=lambda word: _STYLES[word]), Column("SEEN", whole=False)]
     out.table(columns, [(finding.rule, str(finding.verdict), finding.seen) for finding in report.findings])
     broken = [finding for finding in report.findings if finding.way_out]
     _print_ways_out(broken, out)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from launcher import contract
 from launcher.process import ProcessId, exit_code, kill_descendants, send_kill
 
-__all__ = ["Attempt", "Ended", "Order", "ProcessAttempt", "hand_over", "last_line"]
+__all__ = ["Attempt", "Ended", "Order", "ProcessAttempt", "hand_over", "last_line", "signal_words"]
 
 _SIGNALLED = 128
 """A process that signal n ended has the exit code 128 + n."""
@@ -126,10 +126,7 @@ class ProcessAttempt:
         hand_over(self._process, self._order.secrets)
         code = exit_code(self._process.wait())
         kill_descendants(os.getpid())
-        if code > _SIGNALLED:
-            number = code - _SIGNALLED
-            return Ended(code, f"the runner was killed by signal {number} ({signal.strsignal(number)})")
-        return Ended(code, last_line(self._order.log) if code else "")
+        return Ended(code, signal_words("the runner", code) or (last_line(self._order.log) if code else ""))
 
     def ask_to_stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -158,6 +155,13 @@ def hand_over(process: subprocess.Popen[bytes], secrets: bytes) -> None:
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(secrets)
+
+
+def signal_words(what: str, code: int) -> str:
+    """Empty for a code that no signal gives."""
+    number = code - _SIGNALLED
+    known = number in signal.valid_signals()
+    return f"{what} was killed by signal {number} ({signal.strsignal(number)})" if known else ""
 
 
 def last_line(path: Path) -> str:

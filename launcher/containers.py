@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.attempts import Ended, Order, hand_over, last_line
+from launcher.attempts import Ended, Order, hand_over, last_line, signal_words
 from launcher.contract import DEFAULT_ROOT, EXIT_PREEMPTED
 from launcher.digest import text_digest
 from launcher.engine import Container, ContainerOptions, Engine, Mount, engine_error, find_engine
-from launcher.errors import CvlaunchError, UnreachableError
+from launcher.errors import CvlaunchError, SpecError, UnreachableError
 from launcher.process import ProcessId
 from launcher.quantities import format_size
 
@@ -210,7 +210,7 @@ def end_of(container: Container, plan: Mapping[str, Any], *, log: Path) -> Ended
     code = container.exit_code or 0
     limit = plan["limits"].get("memory")
     if code != _KILLED or limit is None:
-        return Ended(code, last_line(log) if code else "")
+        return Ended(code, signal_words("its container", code) or (last_line(log) if code else ""))
     at_limit = f"at its memory limit, {format_size(limit)} (resources.memory)"
     killed = f"killed {at_limit}" if container.out_of_memory else f"killed by SIGKILL, as it would be {at_limit}"
     return Ended(code, killed, killed=killed)
@@ -232,7 +232,7 @@ def options(order: Order, engine: Engine) -> ContainerOptions:
     files = [name for name in inherited if name in _FILES and Path(os.environ[name]).is_file()]
     mounts = [Mount(mount["source"], mount["target"], mount["read_only"]) for mount in plan["mounts"]]
     return ContainerOptions(
-        image=plan["image"],
+        image=_image(plan, engine),
         entrypoint=tuple(plan["argv"]) or None,
         arguments=tuple(plan["arguments"]),
         name=_name(order),
@@ -254,6 +254,20 @@ def options(order: Order, engine: Engine) -> ContainerOptions:
         id_file=str(_id_file(order.folder)),
         proxy_signals=False,
     )
+
+
+def _image(plan: Mapping[str, Any], engine: Engine) -> str:
+    """The image of the job, even if its tag is another's by now. SpecError if it is not here any more."""
+    reference: str = plan["image"]
+    wanted = (plan["job"].get("image") or {}).get("config_digest")
+    if wanted is None or "@" in reference:
+        return reference
+    found = engine.image(reference)
+    if found is not None and found.config_digest == wanted:
+        return reference
+    if engine.image(wanted) is None:
+        raise SpecError(f"the image {reference} of this job ({wanted[:19]}) is not here any more; submit the job again")
+    return str(wanted)
 
 
 def _devices(order: Order, engine: Engine) -> dict[str, str]:

@@ -44,6 +44,8 @@ _KILL_AFTER_GRACE_S = 15.0
 """The runner keeps the grace itself; later than this it is stuck."""
 _AGAIN_S = 1.0
 """Between two kills of something that is still there."""
+_END_S = 30.0
+"""How long a supervisor that fails goes on killing."""
 _LOOK_S = 0.1
 """How often it is seen whether a container has been made; after that nothing is polled."""
 _KILLED = 137
@@ -289,11 +291,13 @@ class _Supervision:
         """The exit code. Whatever goes wrong here, nothing is left running that nobody knows of."""
         try:
             return self._run()
-        except CvlaunchError as error:  # no engine
-            self._folder.write_exit(code=1, attempt=self._number, state="ERROR", reason=str(error))
+        except CvlaunchError as error:  # of the engine
+            sys.stdout.write(f"{error}\n")
+            sys.stdout.flush()
+            if self._attempt is None:  # else the container may go on without us
+                self._folder.write_exit(code=1, attempt=self._number, state="ERROR", reason=str(error))
         except Exception as error:  # a full disk, a bug
-            if self._attempt:
-                self._attempt.kill()
+            self._end_attempt()
             reason = f"its supervisor failed: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
                 self._folder.write_exit(code=1, attempt=self._number, state="FAILED", reason=reason)
@@ -316,6 +320,16 @@ class _Supervision:
         self._remove()
         return ended.code
 
+    def _end_attempt(self) -> None:
+        """A client that is killed may have made a container before, so that one look is not enough."""
+        deadline = time.monotonic() + _END_S
+        while self._attempt and time.monotonic() < deadline:
+            self._attempt.kill()
+            with contextlib.suppress(Empty):
+                if self._events.get(timeout=_AGAIN_S) is not None:
+                    break
+        self._remove()
+
     def _clear_away(self) -> None:
         """The container that an earlier supervisor of this folder has left; for processes, become their parent."""
         if not self._plan.get("image"):
@@ -330,6 +344,7 @@ class _Supervision:
     def _run_once(self, reserved: Sequence[gpus.Gpu]) -> Ended:
         self._folder.notice.unlink(missing_ok=True)
         devices = _device_names(reserved, container=bool(self._plan.get("image")))
+        self._attempt = None
         order = Order(self._folder.path, self._plan, self._number, _native_id(self._me), devices, self._secrets)
         try:
             self._attempt = ContainerAttempt(order) if self._plan.get("image") else ProcessAttempt(order)
@@ -338,8 +353,8 @@ class _Supervision:
             sys.stdout.write(reason + "\n")
             sys.stdout.flush()
             return Ended(contract.EXIT_BAD_CONFIG, reason)
-        self._record("running" if self._attempt.started else "starting")
         threading.Thread(target=self._wait, args=(self._attempt,), daemon=True).start()
+        self._record("running" if self._attempt.started else "starting")
         return self._follow(self._attempt)
 
     def _wait(self, attempt: Attempt) -> None:

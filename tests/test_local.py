@@ -523,3 +523,42 @@ def test_every_attempt_gets_the_secrets(run_job: Callable[..., Run], world: Loca
     world.preempt(run.handle)
     assert run.wait(timeout=60).state is State.SUCCEEDED
     assert text_of(run).count("secret of 90000") == 2
+
+
+SHOW = "import os; print(os.environ['CVLAUNCH_RUN_ID'], os.environ['MINE'], os.environ['TOKEN'], os.getcwd())"
+
+
+def execute(run: Run, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`Backend.exec` in a process of its own, whose standard streams are pipes."""
+    script = (
+        "import json, sys; from launcher.backends import load_backend; from launcher.backends.base import Handle\n"
+        "name, target, handle, command = json.loads(sys.argv[1]); kind = load_backend(name)\n"
+        "backend = kind(kind.Target.model_validate(target), 'world')\n"
+        "sys.exit(backend.exec(Handle.parse(handle), command, tty=False))"
+    )
+    facts = json.dumps([run.record.backend, run.record.target, run.record.handle, command])
+    return subprocess.run(
+        [sys.executable, "-c", script, facts], input=stdin, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_command_runs_beside_the_job(run_job: Callable[..., Run], world: LocalWorld, tmp_path: Path) -> None:
+    """With the variables of the run's own command, in its folder, on our standard streams."""
+    token = tmp_path / "token"
+    token.write_text("of-the-job")
+    token.chmod(0o600)
+    script = f"import os; os.chdir({str(tmp_path)!r}); {SLEEP}"
+    run = run_job(script, env={"MINE": "a 'quoted' value"}, secrets={"TOKEN": f"file:{token}"})
+    other = run_job(SLEEP, env={"MINE": "another's"})
+    for each in (run, other):
+        until_running(each)
+    done = execute(run, "python", "-c", SHOW)
+    assert done.stdout == f"{run.id} a 'quoted' value of-the-job {tmp_path}\n", done.stderr
+    assert execute(run, "sh", "-c", "cat; exit 7", stdin="to it").returncode == 7
+    assert execute(run, "cat", stdin="to it").stdout == "to it"
+    assert execute(run, "sh", "-c", "kill -9 $$").returncode == 137
+    missing = execute(run, "no-such-program")
+    assert (missing.returncode, missing.stderr) == (127, "no-such-program: No such file or directory\n")
+    run.cancel()
+    assert run.wait(timeout=60).state is State.CANCELLED
+    assert "is CANCELLED; nothing runs there any more" in execute(run, "true").stderr

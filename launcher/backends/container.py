@@ -290,17 +290,13 @@ def _check_gpus(engine: Engine, wanted: int) -> Iterator[Problem]:
 
 
 def _check_image(engine: Engine, reference: str) -> Iterator[Problem]:
-    """Whether it is here, or can be fetched at the start."""
     machine = _MACHINES.get(os.uname().machine, os.uname().machine)
-    try:
-        image = engine.image(reference)
-        if image is None:
-            engine.read("manifest", "inspect", reference)
-        elif image.platform.split("/")[1] != machine:
-            message = f"{reference} is for {image.platform}, this machine is {machine}: it may not start, or be slow"
-            yield Problem("image", message, fatal=False)
-    except CvlaunchError as error:
-        yield Problem("image", f"{reference} is not here and can't be fetched: {error}")
+    image = engine.image(reference)
+    if image is None:
+        yield Problem("image", f"{engine.name} has no image {reference}; {engine.name} pull {reference} brings it")
+    elif image.platform.split("/")[1] != machine:
+        message = f"{reference} is for {image.platform}, this machine is {machine}: it may not start, or be slow"
+        yield Problem("image", message, fatal=False)
 
 
 def _engine(folder: SupervisorFolder) -> Engine:

@@ -189,9 +189,10 @@ class ContainerAttempt:
             self._client.kill()
 
     def remove(self) -> None:
+        """A client that was ended may have made one without leaving its id; that one has never run."""
         with contextlib.suppress(CvlaunchError):
-            if self._id:
-                self._engine.remove(self._id)
+            for name in [self._id] if self._id else self._engine.containers(_mark(self._order)):
+                self._engine.remove(name)
 
 
 def _start(command: Sequence[str], *, stdin: int) -> subprocess.Popen[bytes]:
@@ -225,6 +226,17 @@ def _name(order: Order) -> str:
     return run_id if order.number == 1 else f"{run_id}-{order.number}"
 
 
+def _labels(order: Order) -> dict[str, str]:
+    plan_sha = text_digest((order.folder / "plan.json").read_text(encoding="utf-8"))
+    mark, _, supervisor = _mark(order).partition("=")
+    return {"cvlaunch.run": order.plan["run_id"], "cvlaunch.plan": plan_sha, mark: supervisor}
+
+
+def _mark(order: Order) -> str:
+    """The label by which a supervisor knows its own."""
+    return f"cvlaunch.supervisor={order.native_id}"
+
+
 def options(order: Order, engine: Engine) -> ContainerOptions:
     """What the plan says, and what only a start can know."""
     plan, limits = order.plan, order.plan["limits"]
@@ -236,10 +248,7 @@ def options(order: Order, engine: Engine) -> ContainerOptions:
         entrypoint=tuple(plan["argv"]) or None,
         arguments=tuple(plan["arguments"]),
         name=_name(order),
-        labels={
-            "cvlaunch.run": plan["run_id"],
-            "cvlaunch.plan": text_digest((order.folder / "plan.json").read_text("utf-8")),
-        },
+        labels=_labels(order),
         env={**plan["env"], **_devices(order, engine), **_runner_variables(order), **{f: f"{_RUN}/{f}" for f in files}},
         inherit=tuple(name for name in inherited if name not in files),
         mounts=(*mounts, *_runner_mounts(order), *(Mount(os.environ[f], f"{_RUN}/{f}", read_only=True) for f in files)),

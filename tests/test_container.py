@@ -291,7 +291,7 @@ def test_a_run_without_a_supervisor_is_cancelled(run_job: Callable[..., Run], wo
     assert text_of(run).count("starts from") == 1
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("delay", [0.0, 0.25, 0.35, 0.45, 0.6, 0.9])
 def test_a_cancellation_counts_at_any_moment_of_the_start(
     run_job: Callable[..., Run], world: ContainerWorld, delay: float
 ) -> None:
@@ -299,6 +299,8 @@ def test_a_cancellation_counts_at_any_moment_of_the_start(
     time.sleep(delay)
     run.cancel()
     assert run.wait(timeout=60).state is State.CANCELLED
+    until(lambda: not record_of(run).supervisor.alive, world)
+    assert podman("ps", "--all", "--quiet", "--filter", f"label=cvlaunch.run={run.id}") == ""
 
 
 # -- what can't be started

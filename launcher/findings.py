@@ -132,7 +132,7 @@ def findings(case: Case, first: Ran, stopped: Ran | None, *, no_runner: str = ""
     if first.exit_code is None:
         found += [Finding(rule, Verdict.NOT_TRIED, "it did not start") for rule in _rules_of_running(case)]
     else:
-        found += _running(case, [first] if stopped in (None, first) else [first, stopped], stopped)
+        found += _running(case, first, stopped)
     sources = case.rules.sources
     return [replace(finding, source=sources.get(finding.rule, "")) for finding in found]
 
@@ -142,8 +142,8 @@ def _rules_of_running(case: Case) -> list[str]:
     return ["user", "writes", *read_only, "shm", "network", "results", "stop"]
 
 
-def _running(case: Case, runs: Sequence[Ran], stopped: Ran | None) -> Iterator[Finding]:
-    first = runs[0]
+def _running(case: Case, first: Ran, stopped: Ran | None) -> Iterator[Finding]:
+    runs = [first] if stopped is None or stopped is first else [first, stopped]
     signs = _signs(case, runs)
     blamed = next(iter(signs), None) if first.failed else None
     for rule in _rules_of_running(case):

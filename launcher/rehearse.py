@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import gpus, paths
 from launcher.attempts import hand_over
 from launcher.containers import AUTO
-from launcher.contract import CODE, JOB, OUTPUT_FOLDERS, RESULT, JobFile, Layout, newest_checkpoint, read_json
+from launcher.contract import CODE, JOB, OUTPUT_FOLDERS, RESULT, STARTED, JobFile, Layout, newest_checkpoint, read_json
 from launcher.engine import ContainerOptions, Engine, LocalImage, Mount, engine_error, find_engine
 from launcher.errors import SpecError, nearest
 from launcher.findings import Case, Finding, Ran, Verdict, findings
@@ -60,6 +61,8 @@ _LOOK_S = 0.1
 _LAST_LINES = 20
 _LOG_BYTES = 4 << 20
 _FILES_LOOKED_AT = 1000
+_START_S = 120.0
+"""A busy engine's."""
 
 Say = Callable[[str], None]
 
@@ -134,9 +137,13 @@ def rehearse(request: Request, say: Say) -> Report:
     spec, notes = _here(written)
     with _scratch(engine, image) as scratch:
         spec = spec.model_copy(update={"image": image.config_digest, "build": None, "output": str(scratch / "output")})
-        with prepare(spec, backend=_BACKEND, folder=folder, online=request.network) as prepared:
+        with (
+            prepare(spec, backend=_BACKEND, folder=folder, online=request.network) as prepared,
+            gpus.reserved(spec.resources.gpus, paths.data_folder() / "gpus") as reserved,
+        ):
             values = client_secrets(spec, folder) | _stand_ins(written)
-            stage = _Stage(engine, rules, request, prepared, image, values, scratch, say)
+            devices = tuple(gpu.uuid for gpu in reserved)
+            stage = _Stage(engine, rules, request, prepared, image, values, devices, scratch, say)
             stage.bring_data()
             return _report(stage, [*notes, *_notes(stage, written)])
 
@@ -166,8 +173,6 @@ def _image(engine: Engine, spec: JobSpec, request: Request, folder: Path, say: S
 
 def _here(spec: JobSpec) -> tuple[JobSpec, list[str]]:
     """The job as this machine can run it, without what one platform alone knows; and what that leaves out."""
-    from launcher import gpus
-
     notes = []
     resources = spec.resources.model_copy(update={"nodes": 1, "spot": False, "max_wait": None})
     if spec.resources.nodes > 1:
@@ -227,7 +232,7 @@ def _remove_as_root(engine: Engine, image: LocalImage, folder: Path) -> None:
 
 @dataclass
 class _Stage:
-    """values: of secrets. foreign: it runs without cvlaunch-run."""
+    """values: of secrets. devices: UUIDs of GPUs. foreign: it runs without cvlaunch-run."""
 
     engine: Engine
     rules: ContainerRules
@@ -235,6 +240,7 @@ class _Stage:
     prepared: Prepared
     image: LocalImage
     values: Mapping[str, str]
+    devices: tuple[str, ...]
     folder: Path
     say: Say
     foreign: bool = False
@@ -359,6 +365,13 @@ class _Container:
             time.sleep(_LOOK_S)
         return self.client.poll() is not None
 
+    def running(self) -> bool:
+        """As a stop takes for granted: the engine has started it, and cvlaunch-run, if it is there, hears signals."""
+        if not self.stage.foreign:
+            return (self.store / STARTED).exists()
+        known = self.stage.engine.container(self.name)
+        return known is not None and known.running
+
     def stop(self) -> Ran:
         """Asks, waits for the grace, kills."""
         after, asked = self.seconds, time.monotonic()
@@ -464,6 +477,7 @@ def _options(stage: _Stage, folder: Path, run_id: str, *, steps: int | None) -> 
         user=user_of(rules, stage.image, rootless=stage.engine.rootless),
         groups=rules.groups,
         shm=stage.shm,
+        gpus=stage.devices,
         network=None if stage.request.network else "none",
         read_only=rules.read_only_root,
         passwd=rules.passwd,
@@ -563,6 +577,7 @@ def _second(stage: _Stage, first: Ran) -> Ran:
     stage.say(f"again, to stop it with {stage.rules.stop_signal} and {stage.grace_s:g} s of grace")
     with _running(stage, "second", steps=None) as container:
         wait = stage.request.seconds if trains else first.seconds / 2
+        container.wait(_START_S, until=container.running)
         if container.wait(
             wait, until=lambda: trains and newest_checkpoint(container.store / "checkpoints") is not None
         ):

@@ -242,14 +242,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loaders_that_need_more_than_64_mib(trainer_image: str, digits: Path) -> None:
     """A warning where the size is fixed, none where resources.shm sets it."""
     settings = ("train.workers=8", "train.batch=64", "train.image_size=160", "resources.grace=30s")
-    fixed = play(digits / "tiny.yaml", "sagemaker", image=trainer_image, settings=settings, seconds=0.1)
+    fixed = play(digits / "tiny.yaml", "sagemaker", image=trainer_image, settings=settings, seconds=0.5)
     assert "warning: /dev/shm has" in seen(fixed, "shm")
     settable = play(
         digits / "tiny.yaml",
         "kubernetes",
         image=trainer_image,
         settings=(*settings, "resources.shm=1Gi"),
-        seconds=0.1,
+        seconds=0.5,
     )
     assert seen(settable, "shm") == "1.0 GiB are enough"
     assert broken(fixed) | broken(settable) == set()
@@ -520,7 +520,9 @@ def test_what_has_no_source_is_called_assumed(platform: str) -> None:
 
 def test_the_page_tells_the_rules() -> None:
     page = (REPOSITORY / "docs/rehearsal.md").read_text()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
     rows = {cells[0].strip("`"): cells[1:] for cells in table}
     users = {"image": "the image's", None: "yours", "random": "random:0"}
     for platform, rules in RULES.items():

@@ -325,7 +325,7 @@ class _InContainer:
         if container and container.running and self.folder.read_plan()["argv"]:
             _engine(self.folder).signal(container.name, "TERM")
         elif container and container.running:
-            _engine(self.folder).read("stop", "--time", str(_STOP_S), container.name)
+            _engine(self.folder).read("stop", "-t", str(_STOP_S), container.name)
         elif record and record.runner and self._client_alive():
             supervised.send_signal(record.runner.pid, signal.SIGTERM)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import json
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,12 +41,15 @@ class Registry:
 
 @contextlib.contextmanager
 def registry_server(
-    folder: Path, *, login: tuple[str, str] | None = None, read_only: bool = False
+    folder: Path, *, login: tuple[str, str] | None = None, read_only: bool = False, keep_address: bool = False
 ) -> Iterator[Registry]:
-    """A process of its own that keeps its blobs below `folder`, which may be one that another server has filled."""
+    """A process of its own that keeps its blobs below `folder`, which may be one that another server has filled.
+
+    keep_address: listen where that one did, if nobody else does now. Podman remembers by address what a registry has.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log, settings = folder / "registry.log", folder / "registry.yml"
-    settings.write_text(_settings(folder, login, read_only))
+    settings.write_text(_settings(folder, login, read_only, _port_of(settings) if keep_address else 0))
     with log.open("wb") as out:
         process = subprocess.Popen(
             ["docker-registry", "serve", settings], stdin=subprocess.DEVNULL, stdout=out, stderr=out
@@ -59,10 +64,25 @@ def registry_server(
         process.wait(10)
 
 
-def _settings(folder: Path, login: tuple[str, str] | None, read_only: bool) -> str:
-    """JSON is YAML. Port 0 is any that is free."""
-    import json
+def _port_of(settings: Path) -> int:
+    """The one that an earlier server wrote there, if it is free; else another that is."""
+    with contextlib.suppress(OSError, ValueError), socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port = int(json.loads(settings.read_text())["http"]["addr"].rpartition(":")[2])
+        probe.bind(("127.0.0.1", port))
+        return port or _free_port()
+    return _free_port()
 
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _settings(folder: Path, login: tuple[str, str] | None, read_only: bool, port: int) -> str:
+    """JSON is YAML. Port 0 is any that is free."""
     storage = {
         "filesystem": {"rootdirectory": str(folder / "storage")},
         "delete": {"enabled": True},
@@ -72,7 +92,7 @@ def _settings(folder: Path, login: tuple[str, str] | None, read_only: bool) -> s
         "version": 0.1,
         "log": {"level": "info", "accesslog": {"disabled": True}},
         "storage": storage,
-        "http": {"addr": "127.0.0.1:0"},
+        "http": {"addr": f"127.0.0.1:{port}"},
     }
     if login:
         passwords = folder / "htpasswd"

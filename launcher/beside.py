@@ -1,6 +1,6 @@
 """Runs a program beside a run's command, with that command's variables and in its folder.
 
-    python beside.py RUN_ID PROGRAM [ARGUMENT…]
+    python beside.py RUN_ID ROOT PROGRAM [ARGUMENT…]
 
 Standard library only, and on its own: the text of this file is also sent into containers, whatever version of cvlaunch
 they have. Linux: what a process was started with stands in /proc.
@@ -19,13 +19,16 @@ _NOT_FOUND, _NOT_STARTED = 127, 126
 """Exit codes of a shell for a program that is not there, and for one that can't be started."""
 
 
-def find_command(run_id: str) -> int | None:
-    """The first process of a run's command: the runner alone gives it $CVLAUNCH_RUN_ID. None if it isn't running."""
-    wanted = f"CVLAUNCH_RUN_ID={run_id}".encode()
+def find_command(run_id: str, root: str) -> int | None:
+    """The first process of a run's command: the runner alone gives it $CVLAUNCH_RUN_ID. None if it isn't running.
+
+    root: the run's, by which it is told from a run of the same id that somebody else has on this machine.
+    """
+    wanted = {f"CVLAUNCH_RUN_ID={run_id}".encode(), os.fsencode(f"CVLAUNCH_ROOT={root}")}
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if wanted in environ.read_bytes().split(b"\0"):
+            if wanted <= {*environ.read_bytes().split(b"\0")}:
                 found.append((_started(environ.with_name("stat")), int(environ.parent.name)))
     return min(found)[1] if found else None
 
@@ -35,9 +38,9 @@ def _started(stat: Path) -> int:
     return int(stat.read_bytes().rpartition(b") ")[2].split()[19])
 
 
-def main(run_id: str, program: str, *arguments: str) -> int:
+def main(run_id: str, root: str, program: str, *arguments: str) -> int:
     """Becomes the program. The exit code only if there is none such."""
-    pid = find_command(run_id)
+    pid = find_command(run_id, root)
     env = dict(os.environb)
     if pid is None:
         sys.stderr.write(f"the command of {run_id} isn't running yet; these are not its variables\n")

@@ -46,6 +46,7 @@ from launcher.stores import (
     path_inside,
     require_room,
 )
+from launcher.tarfiles import check_member
 
 __all__ = ["Cursor", "SyncReport", "read_appended", "segment_path", "sync_run", "unpack_tar"]
 
@@ -381,7 +382,7 @@ def unpack_tar(archive: Path, dest: Path) -> int:
     """
     try:
         with tarfile.open(archive) as tar:
-            files = _checked_members(tar, archive, dest)
+            files = _checked_members(tar, archive)
             require_room(dest, sum(source.size for source in files.values()), what=f"unpacking {archive.name}")
             for path, source in files.items():
                 _extract(tar, source, path_inside(dest, path))
@@ -392,7 +393,7 @@ def unpack_tar(archive: Path, dest: Path) -> int:
         raise IntegrityError(f"{archive} is not a tar file, or damaged ({error}): fetch it again") from error
 
 
-def _checked_members(tar: tarfile.TarFile, archive: Path, dest: Path) -> dict[str, tarfile.TarInfo]:
+def _checked_members(tar: tarfile.TarFile, archive: Path) -> dict[str, tarfile.TarInfo]:
     """Path → the member that holds its bytes."""
     members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
@@ -402,8 +403,8 @@ def _checked_members(tar: tarfile.TarFile, archive: Path, dest: Path) -> dict[st
         if reason := bad_path(path):
             raise IntegrityError(f"{archive}: {member.name!r} {reason}: nothing was unpacked")
         try:
-            tarfile.data_filter(member, str(dest))
-        except tarfile.FilterError as error:
+            check_member(member)
+        except tarfile.TarError as error:
             raise IntegrityError(f"{archive}: {error}: nothing was unpacked") from error
         members[path] = member
     files = {path: _source(path, members, archive) for path, member in members.items() if not member.isdir()}

@@ -466,6 +466,17 @@ def test_any_user_on_a_read_only_root_leaves_results(
     assert run.metrics().summary() == {"val/accuracy": 0.5}
 
 
+def test_the_job_s_own_code_runs_in_the_image_s_python(
+    job: Callable[..., Path], world: ContainerWorld, ledger: Ledger
+) -> None:
+    path = job("import mine; print('from', mine.__file__)", code={"root": "own"})
+    (path.parent / "own").mkdir()
+    (path.parent / "own/mine.py").write_text("")
+    run = submit(path, target="world", settings=world.settings, ledger=ledger)
+    assert run.wait(timeout=90).state is State.SUCCEEDED, text_of(run)
+    assert "from /opt/ml/code/mine.py" in text_of(run)
+
+
 def test_channels_are_mounted_read_only(
     job: Callable[..., Path], world: ContainerWorld, ledger: Ledger, tmp_path: Path, trainer_image: str
 ) -> None:

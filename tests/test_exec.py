@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launcher import Run, State
+from launcher import JobSpec, Run, State, submit
 from launcher.errors import SpecError, UnsupportedError
 from launcher.ledger import Ledger
 from launcher.testing import World
@@ -69,6 +70,21 @@ def test_a_command_beside_a_run_has_its_environment_and_its_own_exit_code(
     run.wait(timeout=world.patience)
     with pytest.raises(SpecError, match=f"{run.id} has ended: CANCELLED"):
         run.exec(["true"])
+
+
+def test_a_run_of_the_same_id_elsewhere_is_another(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for number, place in enumerate(("one", "two")):
+        job = JobSpec(name="nap", command=(sys.executable, "-u", "-c", WAITS), env={"LEVEL": str(number)})
+        target = {"backend": "local", "output": str(tmp_path / place), "root": str(tmp_path / place / "root")}
+        (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": target}}))
+        ledger = Ledger(tmp_path / place / "ledger", tmp_path / place / "cache")
+        runs.append(ready(submit(job, target="world", run_id=NAP, folder=tmp_path, ledger=ledger)))
+    capfd.readouterr()
+    for run in runs:
+        assert run.exec([sys.executable, "-c", TELL], tty=False) == 7
+        run.cancel()
+    assert capfd.readouterr().out == f"0 {NAP}\n1 {NAP}\n"
 
 
 # ---- the command line, on this machine

@@ -234,7 +234,7 @@ class ContainerBackend:
         engine, name = _engine(folder), known_id(folder.path)
         if folder.read_plan().get("argv"):
             script = Path(beside.__file__).read_text(encoding="utf-8")
-            command = ["python3", "-c", script, handle.native, *command]
+            command = ["python3", "-c", script, handle.native, DEFAULT_ROOT, *command]
         terminal = ["--tty"] if tty else []
         done = subprocess.run([engine.program, "exec", "--interactive", *terminal, name, *command], check=False)
         return exit_code(done.returncode)

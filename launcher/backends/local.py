@@ -169,10 +169,12 @@ class LocalBackend:
 
     def exec(self, handle: Handle, command: Sequence[str], *, tty: bool) -> int:
         """In the command's folder, with its variables, job secrets included."""
-        supervised.require_running(handle.native, _status(self._folder(handle.native)))
-        if find_command(handle.native) is None:
+        folder = self._folder(handle.native)
+        supervised.require_running(handle.native, _status(folder))
+        root = str(folder.root)
+        if find_command(handle.native, root) is None:
             raise SpecError(f"the command of {handle.native} has not started yet; try again when it prints something")
-        beside = [sys.executable, "-m", "launcher.beside", handle.native, *command]
+        beside = [sys.executable, "-m", "launcher.beside", handle.native, root, *command]
         return exit_code(subprocess.run(beside, check=False).returncode)
 
     def remove(self, handle: Handle) -> None:

@@ -15,6 +15,7 @@ from launcher import contract
 from launcher.contract import Code, Layout, sha256_file
 from launcher.errors import IntegrityError, SpecError
 from launcher.stores import Store
+from launcher.tarfiles import extract_tar
 
 __all__ = ["install_requirements", "unpack_code"]
 
@@ -32,8 +33,9 @@ def unpack_code(code: Code, store: Store, layout: Layout) -> None:
     part = layout.root / f".code.{os.uname().nodename}.{os.getpid()}.part"
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
+            extract_tar(tar, part)
     except tarfile.TarError as error:
+        shutil.rmtree(part, ignore_errors=True)
         raise IntegrityError(f"the code archive can't be unpacked: {error}") from error
     _into_place(part, layout.code)
 

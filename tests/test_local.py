@@ -122,7 +122,7 @@ def test_a_runner_without_its_supervisor_is_followed_to_its_end(run_job: Callabl
     record = supervisor(run).record()
     assert record is not None
     os.kill(record.supervisor.pid, signal.SIGKILL)
-    until(lambda: not record.supervisor.alive, world)
+    until(lambda: not record.supervisor.alive and not supervisor(run).locked(), world)
     status = run.status()
     assert (status.state, status.native) == (State.RUNNING, "unsupervised")
     assert run.wait(timeout=60).state is State.SUCCEEDED

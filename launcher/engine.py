@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -372,9 +373,19 @@ class Engine:
             self.read("kill", "--signal", signal, name)
 
     def remove(self, name: str) -> None:
-        """Kills it, if it runs; one that is gone is fine."""
-        with contextlib.suppress(SpecError):
-            self.read("rm", "--force", "--volumes", name)
+        """Kills it, if it runs; one that is gone is fine.
+
+        Podman 4.3 refuses ("container state improper") while it still writes down that the container has ended.
+        """
+        for pause in (0.2, 0.5, 1.0, 0.0):
+            try:
+                self.read("rm", "--force", "--volumes", name)
+            except SpecError:
+                if self.container(name) is None:
+                    return
+                time.sleep(pause)
+            else:
+                return
 
     def changes(self, name: str) -> list[str]:
         """Paths in the container's own layer that were added (A), changed (C) or deleted (D): `A /root/x`."""

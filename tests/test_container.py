@@ -20,7 +20,7 @@ from launcher import Run, State, submit
 from launcher.attempts import Order
 from launcher.backends.base import Handle
 from launcher.containers import known_id, options
-from launcher.engine import Engine
+from launcher.engine import Engine, find_engine
 from launcher.errors import CvlaunchError
 from launcher.ledger import Ledger
 from launcher.manifest import scan, write
@@ -50,7 +50,8 @@ def world(tmp_path: Path, trainer_image: str) -> ContainerWorld:
 def no_container_is_left(run_job: Callable[..., Run], tmp_path: Path) -> Iterator[None]:
     yield
     for known in {path.read_text() for path in tmp_path.rglob("container.id")} - {""}:
-        podman("rm", "--force", "--time", "0", "--ignore", known)
+        find_engine("podman").signal(known, "KILL")
+        find_engine("podman").remove(known)
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ def trained(example: str, job: str, folder: Path) -> Run:
     ("example", "job", "metric", "least"),
     [
         ("shapes", "shapes.yaml", "val/map50", 0.9),
-        ("digits", "digits.yaml", "val/accuracy", 0.97),
         ("digits", "tiny.yaml", "val/accuracy", 0.8),
     ],
 )
@@ -40,6 +39,7 @@ def test_an_example_reaches_what_it_promises(example: str, job: str, metric: str
     assert run.metrics().best(metric)[1] >= least
 
 
-def test_every_example_is_run_here() -> None:
+def test_every_example_is_run_here_or_by_the_demo() -> None:
     found = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*/*.yaml")}
     assert found == {"shapes/shapes.yaml", "digits/digits.yaml", "digits/tiny.yaml"}
+    assert "submit examples/digits/digits.yaml" in (EXAMPLES.parent / "Makefile").read_text()

@@ -25,22 +25,17 @@ from launcher.contract import DEFAULT_ROOT, EXIT_PREEMPTED
 from launcher.digest import text_digest
 from launcher.engine import Container, ContainerOptions, Engine, Mount, engine_error, find_engine
 from launcher.errors import CvlaunchError, SpecError, UnreachableError
-from launcher.process import ProcessId
+from launcher.process import ProcessId, machine_memory
 from launcher.quantities import format_size
 
 __all__ = [
-    "AUTO",
     "ContainerAttempt",
     "container_root",
     "end_of",
     "known_id",
-    "machine_memory",
     "options",
     "run_engine",
 ]
-
-AUTO = "auto"
-"""The first engine that answers."""
 
 _RUN = "/run/cvlaunch"
 _ENGINE_FAILED, _CANT_START, _NO_PROGRAM = 125, 126, 127
@@ -56,8 +51,7 @@ _PATIENCE_S = 300.0
 
 def run_engine(plan: Mapping[str, Any]) -> Engine:
     """The engine that the plan names; CvlaunchError if it isn't there."""
-    wanted = plan.get("engine", AUTO)
-    return find_engine(None if wanted == AUTO else wanted)
+    return find_engine(plan.get("engine"))
 
 
 def container_root(plan: Mapping[str, Any]) -> Path | None:
@@ -79,11 +73,6 @@ def known_id(folder: Path) -> str:
 
 def _id_file(folder: Path) -> Path:
     return folder / "container.id"
-
-
-def machine_memory() -> int:
-    """Bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class ContainerAttempt:

@@ -28,6 +28,7 @@ from launcher.paths import cache_folder
 from launcher.process import descendants
 
 __all__ = [
+    "AUTO",
     "ENGINES",
     "ENGINE_VARIABLE",
     "BuildOptions",
@@ -46,6 +47,9 @@ ENGINES = ("docker", "podman", "buildah")
 """In the order in which they are tried. Buildah builds, pushes and inspects; it runs no jobs."""
 
 ENGINE_VARIABLE = "CVLAUNCH_ENGINE"
+
+AUTO = "auto"
+"""Whatever engine there is."""
 
 _ASK_S = 60.0
 _TAIL = 20
@@ -104,7 +108,7 @@ class ContainerOptions:
     """How a container runs. None: the engine's default, or no limit.
 
     user: `uid:gid`; None is the caller, so that what it writes belongs to whoever started it. shm, memory: bytes.
-    tmpfs: path → bytes. gpus: UUIDs or indices. passwd: whether an arbitrary user gets an entry in /etc/passwd (Podman
+    gpus: UUIDs or indices. passwd: whether an arbitrary user gets an entry in /etc/passwd (Podman
     does that by default, Docker never). entrypoint: replaces the image's; arguments follow it. init: the engine's own
     first process stands before the command. keep_stdin: the container reads our standard input. inherit: variables
     whose values are ours, and stand on no command line. id_file: gets the container's id as soon as there is one.
@@ -118,7 +122,6 @@ class ContainerOptions:
     labels: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
-    tmpfs: Mapping[str, int] = field(default_factory=dict)
     user: str | None = None
     groups: tuple[int, ...] = ()
     shm: int | None = None
@@ -126,7 +129,6 @@ class ContainerOptions:
     cpus: float | None = None
     gpus: tuple[str, ...] = ()
     network: str | None = None
-    workdir: str | None = None
     read_only: bool = False
     passwd: bool = True
     drop_capabilities: bool = False
@@ -407,20 +409,19 @@ def _stop(process: subprocess.Popen[str]) -> None:
             return
 
 
-def find_engine(wanted: str | None = None, *, builds: bool = False, path: str | None = None) -> Engine:
-    """The engine that `wanted` or $CVLAUNCH_ENGINE names, else the first one that answers.
+def find_engine(wanted: str | None = None, *, builds: bool = False) -> Engine:
+    """The engine that `wanted` names; for None and AUTO that of $CVLAUNCH_ENGINE, else the first one that answers.
 
-    builds: Buildah will do. path: where to look instead of $PATH. UnsupportedError if there is none; UnreachableError
-    if it doesn't answer.
+    builds: Buildah will do. UnsupportedError if there is none; UnreachableError if it doesn't answer.
     """
-    name = wanted or os.environ.get(ENGINE_VARIABLE)
+    name = (None if wanted == AUTO else wanted) or os.environ.get(ENGINE_VARIABLE)
     known = ENGINES if builds else ENGINES[:2]
     if name and name not in known:
         what = "build images" if builds else "run containers"
         raise SpecError(f"{name!r} is no engine to {what} with; there are {', '.join(known)}", key=ENGINE_VARIABLE)
     failures: list[CvlaunchError] = []
     for candidate in [name] if name else known:
-        if program := shutil.which(candidate, path=path):
+        if program := shutil.which(candidate):
             try:
                 return _asked(candidate, program)
             except CvlaunchError as error:
@@ -483,8 +484,6 @@ def _run_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
         yield from ("--env", name)
     for mount in options.mounts:
         yield from ("--mount", _mount(mount))
-    for target, size in options.tmpfs.items():
-        yield from ("--tmpfs", f"{target}:rw,size={size},mode=1777")
     yield from _user_options(engine, options)
     yield from _limit_options(engine, options)
     if options.init:
@@ -493,8 +492,6 @@ def _run_options(engine: Engine, options: ContainerOptions) -> Iterator[str]:
         yield "--interactive"
     if options.network:
         yield from ("--network", options.network)
-    if options.workdir:
-        yield from ("--workdir", options.workdir)
     if options.stop_signal:
         yield from ("--stop-signal", options.stop_signal)
     if options.entrypoint:

@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart from others that later get the same number."""
+"""This machine: its memory, and its processes, told apart from others that later get the same number."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "descendants",
     "exit_code",
     "kill_descendants",
+    "machine_memory",
     "processes",
     "send_kill",
     "signal_group",
@@ -98,6 +99,11 @@ def _exists(pid: int) -> int | None:
     except OSError:
         return None
     return 0
+
+
+def machine_memory() -> int:
+    """Bytes, whatever limits there are."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def exit_code(code: int) -> int:

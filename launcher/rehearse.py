@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 from launcher import gpus, paths
 from launcher.attempts import hand_over
-from launcher.containers import AUTO
 from launcher.contract import CODE, JOB, OUTPUT_FOLDERS, RESULT, STARTED, JobFile, Layout, newest_checkpoint, read_json
 from launcher.engine import ContainerOptions, Engine, LocalImage, Mount, engine_error, find_engine
 from launcher.errors import SpecError, nearest
@@ -151,8 +150,7 @@ def rehearse(request: Request, say: Say) -> Report:
 def _engine(folder: Path) -> Engine:
     """The one that the target for containers names, as everywhere."""
     target = load_targets(folder).select(backend=_BACKEND).target
-    name = getattr(target, "engine", AUTO)
-    return find_engine(None if name == AUTO else name)
+    return find_engine(getattr(target, "engine", None))
 
 
 def _image(engine: Engine, spec: JobSpec, request: Request, folder: Path, say: Say) -> LocalImage:

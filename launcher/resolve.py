@@ -182,7 +182,7 @@ def _image(
         folder=folder / Path(spec.build).expanduser() if spec.build else None,
         here=here,
         registry=selected.target.registry,
-        engine=None if engine == "auto" else engine,
+        engine=engine,
         profile=selected.target.storage.profile,
     )
     try:

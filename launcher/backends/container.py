@@ -26,11 +26,11 @@ from launcher.backends.base import (
     Support,
     Transport,
 )
-from launcher.containers import AUTO, end_of, known_id, machine_memory, run_engine
+from launcher.containers import end_of, known_id, run_engine
 from launcher.contract import DEFAULT_ROOT, OUTPUT_FOLDERS, JobFile
 from launcher.engine import Container, Engine, find_engine
 from launcher.errors import CvlaunchError
-from launcher.process import exit_code
+from launcher.process import exit_code, machine_memory
 from launcher.quantities import format_size
 from launcher.rules import ContainerRules, Shm
 from launcher.status import Status
@@ -169,7 +169,7 @@ class ContainerBackend:
 
     def check(self, job: Job) -> Iterator[Problem]:
         try:
-            engine = find_engine(None if self.target.engine == AUTO else self.target.engine)
+            engine = find_engine(self.target.engine)
         except CvlaunchError as error:
             yield Problem("engine", str(error))
             return

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.process import machine_memory
 from launcher.shm import shm_size
 
 __all__ = ["Gpus", "Limits", "describe_machine", "read_gpus", "read_limits"]
@@ -36,7 +37,7 @@ def describe_machine(environ: Mapping[str, str]) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_limit": limits.cpus,
-        "memory": min(_machine_memory(), limits.memory or _machine_memory()),
+        "memory": min(machine_memory(), limits.memory or machine_memory()),
         "shm": shm_size(),
         "gpus": list(gpus.cards),
         "driver": gpus.driver,
@@ -58,10 +59,6 @@ def _cpu_model() -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---- control groups

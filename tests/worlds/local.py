@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from launcher.backends.base import Handle
 from launcher.supervisor import SupervisorFolder
 from launcher.testing import ContainerFacts
+from tests.worlds.supervised import supervise_again
 
 
 class LocalWorld:
@@ -54,14 +54,7 @@ class LocalWorld:
         return self._supervisor(handle).plan.read_text()
 
     def submit_again(self, handle: Handle) -> None:
-        """A second supervisor with the same plan, in a folder where the first one's lock does not stop it."""
-        again = SupervisorFolder(self._folder / "again" / handle.native)
-        again.path.mkdir(parents=True)
-        again.plan.write_text(self.sent(handle))
-        command = [sys.executable, "-m", "launcher.supervisor", str(again.path)]
-        subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
-        while again.exit() is None:
-            time.sleep(0.05)
+        supervise_again(self._folder / "again" / handle.native, self.sent(handle))
 
     def preempt(self, handle: Handle) -> None:
         record = None

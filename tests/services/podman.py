@@ -17,6 +17,9 @@ SERVICES = Path(__file__).parent
 CACHE = SERVICES.parents[1] / ".cache/services"
 """In the checkout, not in the cache folder of the user, which each test has anew."""
 
+LISTS = ("images", "ps")
+"""What Podman 4.3 fails at ("image not known") while another process removes one of those listed."""
+
 
 def configure() -> None:
     """For this process and all that it starts; what is set already counts."""
@@ -35,7 +38,10 @@ def podman_works() -> bool:
 def podman(*arguments: str | Path, env: Mapping[str, str] = {}, check: bool = True) -> str:
     """What it prints on stdout, without the line end. AssertionError with what it said if it fails."""
     environ = {**os.environ, **env}
-    done = subprocess.run(["podman", *arguments], env=environ, capture_output=True, text=True, check=False)
+    for _ in range(20):
+        done = subprocess.run(["podman", *arguments], env=environ, capture_output=True, text=True, check=False)
+        if not (done.returncode and arguments[0] in LISTS and "not known" in done.stderr):
+            break
     assert not check or done.returncode == 0, f"podman {' '.join(map(str, arguments))}: {done.stdout}{done.stderr}"
     return done.stdout.rstrip("\n")
 

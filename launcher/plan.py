@@ -59,7 +59,7 @@ def eject_templates(backend: type[Backend], to: Path) -> Path:
     return copy
 
 
-def transport_of(backend: Backend | type[Backend], output: str) -> Transport:
+def transport_of(backend: Backend, output: str) -> Transport:
     """Who moves what, for this place of output."""
     table = backend.transports
     transport = table.get(scheme(output))

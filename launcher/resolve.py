@@ -51,16 +51,17 @@ def resolve(
     make: builds, pulls and pushes the image where that is missing, and gets the lines of the engine that does it;
     None: the image is looked for on this machine, and nothing is made.
     """
-    _check_features(spec, selected)
-    output = _output(spec, selected, folder)
-    resolver = _Resolver(spec, selected, folder, targets, ledger, output, online)
+    backend = selected.open()
+    _check_features(spec, backend)
+    output = _output(spec, selected, backend, folder=folder)
+    resolver = _Resolver(spec, selected, backend, folder, targets, ledger, output, online)
     places = dict(spec.data)
     if spec.train and spec.train.init:
         places[WEIGHTS_CHANNEL] = spec.train.init
     channels = tuple(resolver.channel(name, place) for name, place in sorted(places.items()))
     code, archive = _code(spec, folder, scratch)
-    shm_bytes, shm_warnings = _shm(spec, selected.backend)
-    image = _image(spec, selected, folder, here=resolver.sees_this_machine(), make=make)
+    shm_bytes, shm_warnings = _shm(spec, backend)
+    image = _image(spec, selected, backend, folder=folder, make=make)
     return Job(
         spec=spec,
         target_name=selected.name,
@@ -77,7 +78,7 @@ def resolve(
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
         unpinned=tuple(_unpinned(spec, channels, image, code)),
-        warnings=(*_ignored(spec, selected.backend), *shm_warnings, *resolver.warnings),
+        warnings=(*_ignored(spec, backend), *shm_warnings, *resolver.warnings),
         version=__version__,
     )
 
@@ -98,7 +99,7 @@ def digest_of(spec: JobSpec, *, channels: Iterable[Channel], code: Code | None, 
     )
 
 
-def _check_features(spec: JobSpec, selected: Selected) -> None:
+def _check_features(spec: JobSpec, backend: Backend) -> None:
     resources = spec.resources
     wanted = {
         Feature.GPUS: ("resources.gpus", resources.gpus > 0),
@@ -111,21 +112,19 @@ def _check_features(spec: JobSpec, selected: Selected) -> None:
         Feature.SECRETS_STORE: ("secrets", any(r.startswith("store:") for r in spec.secrets.values())),
         Feature.CONTAINER: ("runner", spec.runner == "none"),
     }
-    for feature, reason in features_missing(selected.backend, [f for f, (_, asked) in wanted.items() if asked]):
-        raise UnsupportedError(
-            f"the {selected.backend.name} backend has no {feature}: {reason}", key=wanted[feature][0]
-        )
-    if selected.backend.rules.container and not (spec.image or spec.build):
-        raise SpecError(f"the {selected.backend.name} backend runs containers; give image or build", key="image")
-    foreign = sorted(set(spec.native) - {selected.backend.name})
+    for feature, reason in features_missing(type(backend), [f for f, (_, asked) in wanted.items() if asked]):
+        raise UnsupportedError(f"the {backend.name} backend has no {feature}: {reason}", key=wanted[feature][0])
+    if backend.rules.container and not (spec.image or spec.build):
+        raise SpecError(f"the {backend.name} backend runs containers; give image or build", key="image")
+    foreign = sorted(set(spec.native) - {backend.name})
     if foreign:
         raise UnsupportedError(
-            f"the job has native settings of {', '.join(foreign)}, so it can't go to {selected.backend.name}",
+            f"the job has native settings of {', '.join(foreign)}, so it can't go to {backend.name}",
             key="native",
         )
 
 
-def _ignored(spec: JobSpec, backend: type[Backend]) -> Iterator[str]:
+def _ignored(spec: JobSpec, backend: Backend) -> Iterator[str]:
     """What the user wrote, and the backend does nothing with."""
     for key, reason in backend.ignored.items():
         if _is_written(spec, key):
@@ -139,16 +138,23 @@ def _is_written(spec: JobSpec, key: str) -> bool:
     return bool(getattr(model, last) != type(model).model_fields[last].default)
 
 
-def _output(spec: JobSpec, selected: Selected, folder: Path) -> str:
-    """A relative folder starts where it is written: at the job file's, or at that of targets.yaml."""
+def _output(spec: JobSpec, selected: Selected, backend: Backend, *, folder: Path) -> str:
+    """A relative folder starts where it is written: at the job file's, or at that of targets.yaml.
+
+    On another machine only an absolute path says which one is meant.
+    """
     written, start = (spec.output, folder) if spec.output else (selected.target.output, selected.folder)
     if not written:
         raise SpecError(
             f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output"
         )
     if is_uri(written):
-        transport_of(selected.backend, written)
+        transport_of(backend, written)
         return written.rstrip("/")
+    if reached_by := selected.target.reached_by:
+        if not written.startswith("/"):
+            raise SpecError(f"{written!r} is not an absolute path on {reached_by}; write one", key="output")
+        return f"{reached_by}{written.rstrip('/')}"
     return file_uri((start / Path(written).expanduser()).absolute())
 
 
@@ -171,16 +177,21 @@ def _code(spec: JobSpec, folder: Path, scratch: Path) -> tuple[Code | None, str 
 
 
 def _image(
-    spec: JobSpec, selected: Selected, folder: Path, *, here: bool, make: Callable[[str], None] | None
+    spec: JobSpec,
+    selected: Selected,
+    backend: Backend,
+    *,
+    folder: Path,
+    make: Callable[[str], None] | None,
 ) -> Image | None:
-    if not selected.backend.rules.container:
+    if not backend.rules.container:
         return None
     engine = getattr(selected.target, "engine", None)  # a key of targets whose jobs an engine of this machine runs
     wanted = Wanted(
         target=selected.name,
         image=spec.image,
         folder=folder / Path(spec.build).expanduser() if spec.build else None,
-        here=here,
+        here=engine is not None,
         registry=selected.target.registry,
         engine=engine,
         profile=selected.target.storage.profile,
@@ -192,7 +203,7 @@ def _image(
         raise placed.with_traceback(error.__traceback__) from error
 
 
-def _shm(spec: JobSpec, backend: type[Backend]) -> tuple[int | None, tuple[str, ...]]:
+def _shm(spec: JobSpec, backend: Backend) -> tuple[int | None, tuple[str, ...]]:
     """(bytes, warnings); auto is what the trainer's loaders need, None for a command that nobody knows.
 
     Shared memory counts as the container's memory, so that auto takes half of it at most.
@@ -261,6 +272,7 @@ class _Resolver:
 
     spec: JobSpec
     selected: Selected
+    backend: Backend
     folder: Path
     targets: Targets
     ledger: Ledger
@@ -272,6 +284,8 @@ class _Resolver:
         place = self._from_dataset(name, written)
         if place.startswith(_RUN_URI):
             place = self._from_run(name, place)
+        if (reached_by := self.selected.target.reached_by) and place.startswith(f"{reached_by}/"):
+            place = _TARGET_PATH + place.removeprefix(reached_by)
         if place.startswith(_TARGET_PATH):
             path = place.removeprefix(_TARGET_PATH)
             if not path.startswith("/"):
@@ -330,13 +344,19 @@ class _Resolver:
         if scheme(uri) == "file" and self.sees_this_machine():
             self._check_folder(name, path_of(uri))
         channel = Channel(name, uri, accesses[kind])
-        if not self.online and scheme(uri) != "file":
-            self.warnings.append(f"{self._key(name)}: {uri} was not looked at; --resolve reads its fingerprint")
+        place = self._seen_from_here(uri)
+        if not self.online and scheme(place) != "file":
+            self.warnings.append(f"{self._key(name)}: {place} was not looked at; --resolve reads its fingerprint")
             return channel
-        found = self._manifest(name, uri)
+        found = self._manifest(name, place)
         if found is None:
             return channel
         return dataclasses.replace(channel, fingerprint=found.fingerprint, files=found.count, size=found.size)
+
+    def _seen_from_here(self, uri: str) -> str:
+        """A folder of the target, as this machine reaches it."""
+        reached_by = self.selected.target.reached_by
+        return f"{reached_by}{path_of(uri)}" if reached_by and scheme(uri) == "file" else uri
 
     def _manifest(self, name: str, uri: str) -> manifest.Manifest | None:
         if scheme(uri) == "file" and not path_of(uri).is_dir():  # a path that only the target sees
@@ -357,7 +377,7 @@ class _Resolver:
 
     def sees_this_machine(self) -> bool:
         """Whether a path means the same folder there and here."""
-        return "client" in self._accesses()
+        return "client" in self._accesses() and self.selected.target.reached_by is None
 
     def _accesses(self) -> Mapping[str, str]:
-        return transport_of(self.selected.backend, self.output).channels
+        return transport_of(self.backend, self.output).channels

@@ -26,8 +26,8 @@ def world(tmp_path: Path) -> RunnerWorld:
     return RunnerWorld(tmp_path)
 
 
-def owner(native_id: str = "a", attempt: int = 1, digest: str = "0" * 64) -> Owner:
-    return Owner("shapes-1", digest, native_id, attempt, "host", 1, 0.0)
+def owner(native_id: str = "a", attempt: int = 1, digest: str = "0" * 64, submission: int = 1) -> Owner:
+    return Owner("shapes-1", digest, native_id, attempt, "host", 1, 0.0, submission)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,10 @@ def owner(native_id: str = "a", attempt: int = 1, digest: str = "0" * 64) -> Own
         (owner("a", 2), owner("b", 2), True, None),
         (owner("a", 3), owner("b", 2), True, None),
         (owner(""), owner(""), True, None),
+        (owner("a"), owner("b", 2), False, None),
+        (owner("a", 4), owner("b", submission=2), False, 5),
+        (owner("a", 4, submission=2), owner("b", submission=2), False, None),
+        (owner("a", 4, submission=2), owner("b"), False, None),
     ],
 )
 def test_claim(tmp_path: Path, first: Owner, second: Owner, counted: bool, attempt: int | None) -> None:

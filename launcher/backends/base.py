@@ -85,6 +85,14 @@ class BaseTarget(Model):
         None, description="changes to the rendered text: a JSON merge patch (mapping) or a JSON patch (list)"
     )
 
+    @property
+    def reached_by(self) -> str | None:
+        """`ssh://login1` where jobs see the folders of another machine, which this one reaches so; None: it is here.
+
+        A path of the target is then `ssh://login1/path` here.
+        """
+        return None
+
 
 class Feature(StrEnum):
     """What a user may ask for and a backend may lack.
@@ -260,15 +268,23 @@ class Backend(Protocol):
     inline_job: ClassVar[bool]
     doubt_s: ClassVar[float]
     features: ClassVar[Mapping[Feature, Support]]
-    rules: ClassVar[ContainerRules]
-    ignored: ClassVar[Mapping[str, str]]
-    """Key of the job file (`IGNORABLE`) → why this backend does nothing with it; the user is told."""
     placeholders: ClassVar[Mapping[str, str]]
     """Key of the target → well-formed stand-in, marked REPLACE-ME, that `context` takes where the target has none."""
-    transports: ClassVar[Mapping[str, Transport]]
-    """Scheme of the output → who moves what."""
 
     def __init__(self, target: Any, target_name: str) -> None: ...
+
+    @property
+    def rules(self) -> ContainerRules: ...
+
+    @property
+    def ignored(self) -> Mapping[str, str]:
+        """Key of the job file (`IGNORABLE`) → why this backend does nothing with it; the user is told."""
+        ...
+
+    @property
+    def transports(self) -> Mapping[str, Transport]:
+        """Scheme of the output → who moves what."""
+        ...
 
     @property
     def target(self) -> BaseTarget: ...

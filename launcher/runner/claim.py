@@ -18,10 +18,13 @@ from launcher.contract import OWNER, canonical_json
 from launcher.errors import SpecError
 from launcher.stores import Store
 
-__all__ = ["Owner", "claim", "owner_here"]
+__all__ = ["COUNTS", "Owner", "claim", "owner_here"]
 
 _NATIVE_IDS = ("CVLAUNCH_NATIVE_ID", "SLURM_JOB_ID", "CLOUD_ML_JOB_ID", "TRAINING_JOB_ARN")
 """The platform's own name of this job; the same when the platform starts it again."""
+
+COUNTS = ("CVLAUNCH_ATTEMPT", "CVLAUNCH_SUBMISSION", "SLURM_RESTART_COUNT")
+"""Variables that hold numbers: the attempt from 1, the submission from 1, SLURM's own restarts from 0."""
 
 _BEING_WRITTEN_S = 2.0
 """A folder without hard links shows a claim before all of it is written."""
@@ -29,7 +32,7 @@ _BEING_WRITTEN_S = 2.0
 
 @dataclass(frozen=True)
 class Owner:
-    """time: Unix seconds."""
+    """time: Unix seconds. submission: 1 for the first time that the run was sent, one more for each `--resume`."""
 
     run_id: str
     job_digest: str
@@ -38,6 +41,7 @@ class Owner:
     host: str
     pid: int
     time: float
+    submission: int = 1
 
     def to_bytes(self) -> bytes:
         return canonical_json(asdict(self)) + b"\n"
@@ -45,21 +49,23 @@ class Owner:
 
 def owner_here(run_id: str, job_digest: str, environ: Mapping[str, str], *, now: float) -> Owner:
     native_id = next((environ[name] for name in _NATIVE_IDS if environ.get(name)), "")
-    attempt = int(environ.get("CVLAUNCH_ATTEMPT") or 1)
-    return Owner(run_id, job_digest, native_id, attempt, socket.gethostname(), os.getpid(), now)
+    given, submission, restarts = (int(environ.get(name) or 0) for name in COUNTS)
+    attempt, submission = given or restarts + 1, submission or 1
+    return Owner(run_id, job_digest, native_id, attempt, socket.gethostname(), os.getpid(), now, submission)
 
 
 def claim(store: Store, me: Owner, *, counted: bool) -> Owner | None:
     """The owner that we now are, None if another submission runs this run. SpecError if it is another job's folder.
 
-    counted: our attempt was given; otherwise a platform that starts the same job again gets the next number.
+    counted: our attempt was given; otherwise a platform that starts the same job again gets the next number, and so
+    does a job that was sent later on purpose.
     """
     newest = _read(store, OWNER)
     _same_job(store, me, newest)
-    ours = _same_submission(me, newest)
+    ours = _same_submission(me, newest) or me.submission > _number(newest, "submission", 1)
     if ours and not counted:
         me = replace(me, attempt=_attempt(newest) + 1)
-    if not ours and _attempt(newest) > me.attempt:
+    elif not ours and newest and (not counted or _attempt(newest) > me.attempt):
         return None
     try:
         store.write(f"{OWNER}-{me.attempt}", me.to_bytes(), if_absent=True)
@@ -102,5 +108,9 @@ def _read(store: Store, path: str) -> Mapping[str, Any]:
 
 
 def _attempt(owner: Mapping[str, Any]) -> int:
-    attempt = owner.get("attempt")
-    return attempt if isinstance(attempt, int) else 0
+    return _number(owner, "attempt", 0)
+
+
+def _number(owner: Mapping[str, Any], key: str, default: int) -> int:
+    value = owner.get(key)
+    return value if isinstance(value, int) else default

@@ -22,7 +22,7 @@ from launcher.contract import (
     write_json,
 )
 from launcher.errors import SpecError
-from launcher.runner.claim import Owner, claim, owner_here
+from launcher.runner.claim import COUNTS, Owner, claim, owner_here
 from launcher.runner.job import JobSource
 from launcher.runner.logs import RunLog
 from launcher.runner.ranks import Ranks, find_ranks
@@ -122,4 +122,5 @@ def _owner_here(job: JobFile, environ: Mapping[str, str]) -> Owner:
     try:
         return owner_here(job.run_id, job.job_digest, environ, now=time.time())
     except ValueError as error:
-        raise SpecError(f"CVLAUNCH_ATTEMPT is {environ['CVLAUNCH_ATTEMPT']!r}; expected a number") from error
+        name = next(n for n in COUNTS if not environ.get(n, "1").isdecimal())
+        raise SpecError(f"{name} is {environ[name]!r}; expected a number") from error

@@ -95,7 +95,8 @@ def _slurm(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
     default = 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
     master = environ.get("CVLAUNCH_MASTER") or first_host(environ["SLURM_JOB_NODELIST"])
     address, port = _address(master, default)
-    return Ranks(int(environ["SLURM_NODEID"]), int(environ["SLURM_NNODES"]), address, port)
+    interface = environ.get("CVLAUNCH_INTERFACE")
+    return Ranks(int(environ["SLURM_NODEID"]), int(environ["SLURM_NNODES"]), address, port, interface)
 
 
 _PLATFORMS: Mapping[str, Callable[[int, Mapping[str, str], Path], Ranks | None]] = {

@@ -1,1 +1,1 @@
-"""What the slurm backend knows of clusters: SLURM's words, its commands, how containers run there, what is installed there."""
+"""What the slurm backend knows of clusters: words and commands of SLURM, containers, what is installed there."""

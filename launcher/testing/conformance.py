@@ -20,7 +20,7 @@ import yaml
 
 from launcher import Run, State, contract, paths, render, submit
 from launcher.backends import load_backend
-from launcher.backends.base import IGNORABLE, Feature, Handle
+from launcher.backends.base import IGNORABLE, Backend, Feature, Handle
 from launcher.errors import ConflictError, UnsupportedError
 from launcher.ledger import Ledger
 from launcher.status import Status
@@ -29,6 +29,7 @@ from launcher.submission import backend_of, prepare
 from launcher.testing.world import World
 
 __all__ = [
+    "backend_of_world",
     "files_with",
     "holders",
     "job",
@@ -113,6 +114,11 @@ def run_job(job: Callable[..., Path], ledger: Ledger, world: World) -> Iterator[
             run.cancel()
 
 
+def backend_of_world(world: World) -> Backend:
+    kind = load_backend(world.backend)
+    return kind(kind.Target.model_validate(dict(world.target)), "world")
+
+
 def own_id(word: str) -> str:
     """A run id that nobody else has: a platform may be shared by all tests that run at the time."""
     return f"promise-{word}-{random_source.token_hex(4)}"
@@ -140,7 +146,7 @@ def test_every_feature_is_answered(world: World) -> None:
 
 
 def test_every_folder_has_one_writer(world: World) -> None:
-    for transport in load_backend(world.backend).transports.values():
+    for transport in backend_of_world(world).transports.values():
         assert set(transport.movers) == set(contract.OUTPUT_FOLDERS)
         assert set(transport.movers.values()) <= {"in_place", "runner", "platform"}
         assert set(transport.channels.values()) <= {"path", "mounted", "staged"}
@@ -158,7 +164,7 @@ def test_rendering_is_what_is_sent(job: Callable[..., Path], run_job: Callable[.
 
 
 def test_what_is_ignored_has_a_reason(world: World) -> None:
-    ignored = load_backend(world.backend).ignored
+    ignored = backend_of_world(world).ignored
     assert set(ignored) <= set(IGNORABLE)
     assert all(ignored.values())
 
@@ -185,7 +191,7 @@ def test_rendering_says_what_the_job_says(job: Callable[..., Path], world: World
 def test_rendering_asks_the_platform_for_what_the_job_asks(job: Callable[..., Path], world: World) -> None:
     """Each is in the platform's own words at least what the job wants, or the user is told that it has no effect."""
     plan = render(job("print('hello')", resources=RESOURCES), target="world", settings=world.settings)
-    facts, backend = world.facts(plan.text, plan.files), load_backend(world.backend)
+    facts, backend = world.facts(plan.text, plan.files), backend_of_world(world)
     asked = {"resources.cpus": 3, "resources.memory": 2 << 30, "resources.disk": 30 << 30}
     got = {"resources.cpus": facts.cpus, "resources.memory": facts.memory, "resources.disk": facts.disk}
     for key, least in asked.items():

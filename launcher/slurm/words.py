@@ -1,0 +1,170 @@
+"""SLURM's words for states and reasons, and what they mean. From squeue(1), sacct(1) and "Job Reason Codes" of its manual."""
+
+from __future__ import annotations
+
+import re
+
+from launcher.status import State
+
+__all__ = ["ENDED", "STATES", "STUCK", "reason_words", "state_word"]
+
+STATES = {
+    "BOOT_FAIL": State.ERROR,
+    "CANCELLED": State.CANCELLED,
+    "COMPLETED": State.SUCCEEDED,
+    "COMPLETING": State.FINALIZING,
+    "CONFIGURING": State.STARTING,
+    "DEADLINE": State.ERROR,
+    "FAILED": State.FAILED,
+    "NODE_FAIL": State.ERROR,
+    "OUT_OF_MEMORY": State.FAILED,
+    "PENDING": State.QUEUED,
+    "POWER_UP_NODE": State.STARTING,
+    "PREEMPTED": State.FAILED,
+    "REQUEUED": State.RESTARTING,
+    "REQUEUE_FED": State.RESTARTING,
+    "REQUEUE_HOLD": State.RESTARTING,
+    "RESIZING": State.RUNNING,
+    "RESV_DEL_HOLD": State.QUEUED,
+    "REVOKED": State.ERROR,
+    "RUNNING": State.RUNNING,
+    "SIGNALING": State.STOPPING,
+    "SPECIAL_EXIT": State.RESTARTING,
+    "STAGE_OUT": State.FINALIZING,
+    "STOPPED": State.RUNNING,
+    "SUSPENDED": State.RUNNING,
+    "TIMEOUT": State.TIMED_OUT,
+}
+"""A job's state, as squeue, scontrol and sacct write it. Any other word is UNKNOWN."""
+
+ENDED = {
+    "BOOT_FAIL": "its nodes could not be started",
+    "CANCELLED": "cancelled",
+    "COMPLETED": "",
+    "DEADLINE": "its deadline passed before it could end",
+    "FAILED": "",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "out of memory: the kernel killed it; ask for more with resources.memory",
+    "PREEMPTED": "preempted, and SLURM did not put it back into the queue",
+    "REVOKED": "taken back: a cluster of the federation has it",
+    "TIMEOUT": "killed at its time limit",
+}
+"""States that are an end → what to say of it where nobody else says why."""
+
+_RUNNING_WORDS = {
+    "STOPPED": "stopped by a signal; it keeps its nodes",
+    "SUSPENDED": "suspended by the scheduler, in favour of another job",
+}
+
+_REASONS = {
+    "AssociationJobLimit": "the account's limit of jobs is reached",
+    "AssociationResourceLimit": "a limit of the account is reached",
+    "AssociationTimeLimit": "the account's time limit is reached",
+    "BeginTime": "waiting for its earliest start",
+    "BurstBufferOperation": "a burst buffer operation failed",
+    "BurstBufferResources": "waiting for a burst buffer",
+    "Cleaning": "its last start is being cleaned up",
+    "Dependency": "waiting for another job",
+    "FedJobLock": "waiting for the clusters of the federation to agree",
+    "InactiveLimit": "the limit of inactivity was reached",
+    "JobArrayTaskLimit": "waiting for other jobs of its array: so many run at a time",
+    "JobHeldAdmin": "held by an administrator",
+    "JobHeldUser": "held; let it go with: scontrol release JOBID",
+    "JobHoldMaxRequeue": "held: SLURM has put it back into the queue too often (MaxBatchRequeue)",
+    "JobLaunchFailure": "it could not be launched; a file system that is away, or an invalid program",
+    "Licenses": "waiting for a license",
+    "NodeDown": "a node that it needs is down",
+    "None": "waiting for the scheduler to look at it",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition starts no jobs now",
+    "Priority": "waiting for priority: other jobs come first",
+    "Prolog": "its prolog is running",
+    "QOSJobLimit": "the QOS's limit of jobs is reached",
+    "QOSResourceLimit": "a limit of the QOS is reached",
+    "QOSTimeLimit": "the QOS's time limit is reached",
+    "QOSUsageThreshold": "the QOS's usage threshold is reached",
+    "ReqNodeNotAvail": "a node that it needs is not available: down, drained or reserved",
+    "Reservation": "waiting for its reservation",
+    "Resources": "waiting for resources",
+    "SchedDefer": "the scheduler looks at it later",
+    "SystemFailure": "SLURM itself failed, or a file system or network",
+}
+
+STUCK = {
+    "BadConstraints": "no node can ever have what it asks for",
+    "DependencyNeverSatisfied": "what it depends on has failed",
+    "InvalidAccount": "the account is not valid any more",
+    "InvalidQOS": "the QOS is not valid any more",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives to one job",
+    "PartitionTimeLimit": "it asks for more time than the partition gives",
+    "QOSNotAllowed": "the partition doesn't take this QOS",
+    "AccountNotAllowed": "the partition doesn't take this account",
+    "ReservationDeleted": "its reservation was removed",
+    "NodeCountIncorrect": "it asks for more nodes than there are",
+}
+"""Reasons that never clear by themselves."""
+
+_LIMIT = re.compile(r"^(Assoc|QOS)(Grp|Max)(.*?)(PerAccount|PerUser|PerAcct|PerJob|PerNode|PU|PA)?(Limit)?$")
+_WHOSE = {"Assoc": "account", "QOS": "QOS"}
+_EACH = {
+    "PerAccount": " for one account",
+    "PerAcct": " for one account",
+    "PA": " for one account",
+    "PerUser": " for one user",
+    "PU": " for one user",
+    "PerJob": " for one job",
+    "PerNode": " for one node",
+}
+_WHAT = {
+    "Billing": "billing",
+    "BB": "burst buffer",
+    "Cpu": "CPUs",
+    "CPU": "CPUs",
+    "CPUMinutes": "CPU minutes",
+    "CpuMinutes": "CPU minutes",
+    "CPURunMinutes": "CPU minutes of running jobs",
+    "Energy": "energy",
+    "GRES": "GPUs",
+    "GRESMinutes": "GPU minutes",
+    "GRESRunMinutes": "GPU minutes of running jobs",
+    "JobLimit": "jobs",
+    "Jobs": "jobs",
+    "Lic": "licenses",
+    "License": "licenses",
+    "Mem": "memory",
+    "Memory": "memory",
+    "Node": "nodes",
+    "NodeLimit": "nodes",
+    "Submit": "submitted jobs",
+    "SubmitJobs": "submitted jobs",
+    "Wall": "time",
+    "WallDuration": "time",
+}
+
+
+def state_word(text: str) -> str:
+    """`CANCELLED` of `CANCELLED by 1000`, `FAILED` of sacct's cut `FAILED+`."""
+    return text.partition(" ")[0].rstrip("+")
+
+
+def reason_words(reason: str, *, state: str = "PENDING") -> str:
+    """What a user wants to hear of the reason column; SLURM's own word where it is none that we know."""
+    if state in _RUNNING_WORDS:
+        return _RUNNING_WORDS[state]
+    word = reason.strip("()").partition(",")[0].strip()
+    if state != "PENDING" or not word:
+        return ""
+    if word in STUCK:
+        return f"will never start: {STUCK[word]} ({word})"
+    if word in _REASONS:
+        return _REASONS[word]
+    return _limit_words(word) or f"waiting ({reason.strip()})"
+
+
+def _limit_words(word: str) -> str:
+    match = _LIMIT.match(word)
+    if not match:
+        return ""
+    whose, _, what, each, _ = match.groups()
+    known = _WHAT.get(what) or _WHAT.get(what.removesuffix("Limit"))
+    return f"a limit of the {_WHOSE[whose]} is reached: {known or what}{_EACH.get(each or '', '')} ({word})"

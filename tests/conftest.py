@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.services.podman import configure, podman_works
+from tests.services.slurm import slurm_works
 
 pytest.register_assert_rewrite("launcher.testing.conformance")
-pytest_plugins = ["tests.s3_fixtures", "tests.image_fixtures"]
+pytest_plugins = ["tests.s3_fixtures", "tests.image_fixtures", "tests.slurm_fixtures"]
 
 _ALL = os.environ.get("CVLAUNCH_TEST_ALL") == "1"
 
@@ -39,6 +40,9 @@ _NEEDS = {
     "podman": podman_works,
     "debootstrap": lambda: os.geteuid() == 0 and shutil.which("debootstrap") is not None,
     "docker-registry": lambda: shutil.which("docker-registry") is not None,
+    "slurm": slurm_works,
+    "sshd": lambda: all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("ssh", "sshd")),
+    "charliecloud": lambda: shutil.which("ch-run") is not None,
 }
 """Name of a need → whether this machine meets it."""
 

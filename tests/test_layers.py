@@ -22,6 +22,7 @@ ROWS = [
     "backends.base manifest supervisor sync",
     "logfiles",
     "code image notify plan report runner starter supervised watch",
+    "slurm",
     "backends.container backends.local",
     "backends findings ledger",
     "targets",

@@ -53,7 +53,7 @@ _START = (
     "exec sh -c 'command -v bash >/dev/null || {{ echo cvlaunch: no bash >&2; exit 0; }}; "
     "exec 3<&0 4>&1 </dev/null >&2; "  # login files get neither our stdin nor our stdout
     'exec bash {option} "$0" bash "$@"\' '
-    "'exec <&3 >&4 3<&- 4>&-; {program}'"
+    "'set +euxv; exec <&3 >&4 3<&- 4>&-; {program}'"  # login files may leave options behind
 )
 """A command line for any login shell: no quotes inside of quotes, `!`, backslash or line end; there they differ."""
 _READ = 'read -r size; eval "$(head -c $size)"'
@@ -241,10 +241,10 @@ class Host:
 
 
 def _program(script: str, arguments: Sequence[str]) -> str:
-    """Bash text that runs `script` as if alone: without what login files have set, and its `exit` ends only itself."""
+    """Bash text that runs `script` as if alone: its `exit` ends only itself, and no ~/.bash_logout is read."""
     if "\0" in "".join([script, *arguments]):
         raise SpecError("a script and its arguments can't hold the character NUL: remove it")
-    return f"set +euxv\n(set -- {' '.join(map(shlex.quote, arguments))}\neval {shlex.quote(script)})"
+    return f"(set -- {' '.join(map(shlex.quote, arguments))}\neval {shlex.quote(script)})"
 
 
 def _marked(program: str, mark: str) -> str:

@@ -27,16 +27,21 @@ from launcher.errors import (
 )
 from launcher.stores import StorageOptions, Store, open_store
 from launcher.stores.object_errors import Operation, object_errors
+from launcher.stores.remote import RemoteStore
 from tests.s3_fixtures import Bucket
 from tests.services.s3 import S3Server, make_certificate, rclone_server
 
 
-@pytest.fixture(params=["folder", "memory", "moto", "rclone"])
+@pytest.fixture(
+    params=["folder", "memory", "moto", "rclone", pytest.param("ssh", marks=pytest.mark.needs("sshd", "root"))]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return open_store(str(tmp_path / "not" / "there" / "yet"))
     if request.param == "memory":
         return open_store(f"memory://{tmp_path.name}/runs/shapes-1")
+    if request.param == "ssh":
+        return RemoteStore(request.getfixturevalue("ssh_host"), str(tmp_path / "not" / "there" / "yet"))
     bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
     return bucket.store()
 
@@ -81,6 +86,8 @@ def test_list_is_sorted_relative_and_by_folder(store: Store) -> None:
 def test_stores_below_one_another_see_their_own_paths(store: Store) -> None:
     if isinstance(store, stores.FolderStore):
         inner = open_store(stores.join_uri(store.uri, "a b"))
+    elif isinstance(store, RemoteStore):
+        inner = dataclasses.replace(store, root=f"{store.root}/a b")
     else:
         inner = dataclasses.replace(store, prefix=store.prefix + "/a b")  # type: ignore[attr-defined]
     store.write("a b/c", b"1")

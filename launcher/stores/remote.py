@@ -1,0 +1,233 @@
+"""Folders of a machine behind ssh, by GNU coreutils and findutils there. A call is one script over one connection."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from launcher.errors import (
+    AuthError,
+    CapacityError,
+    CvlaunchError,
+    IntegrityError,
+    SpecError,
+    UnreachableError,
+    UnsupportedError,
+)
+from launcher.remote import Done, Host
+from launcher.stores.base import Entry
+from launcher.stores.folders import PROBE, copy_into_place
+from launcher.stores.paths import bad_path, check_path, from_store
+
+__all__ = ["RemoteStore"]
+
+_LEFT, _SHORT = 90, 91
+"""Exit codes of ours: a symbolic link leads out of the folder; not all bytes came through."""
+
+# C: error texts in English, as _ERRORS knows them. below ROOT PATH: ends the script if PATH, with its links followed,
+# stands elsewhere.
+_BEGIN = r"""
+export LC_ALL=C
+below() {
+    root=$(realpath -m -- "$1") && path=$(realpath -m -- "$2") || exit
+    case $path/ in "${root%/}"/*) ;; *) exit 90 ;; esac
+}
+full=$1/$2 folder=$1/${2%/*}
+[ "${2%/*}" != "$2" ] || folder=$1
+"""
+
+_HEAD = r"""
+below "$1" "$full"
+exec find -L "$full" -maxdepth 0 -type f -printf '%s %T@ %i \0'
+"""
+
+_LIST = r"""
+below "$1" "$full"
+exec find "$full/" -ignore_readdir_race -type f ! -name '.*.part' -printf '%s %T@ %i %P\0'
+"""
+
+_OPEN = r"""
+below "$1" "$full"
+[ -d "$full" ] && exec cat -- "$full"  # its error
+exec < "$full" || exit
+"""
+
+_READ = r"""
+tail -c "+$3" | if [ "$4" ]; then exec head -c "$4"; else exec cat; fi
+"""
+
+_DOWNLOAD = r"""
+facts=$(stat -L -c '%s %.9Y %i' -) || exit
+echo "$facts" >&2
+exec head -c "${facts%% *}"
+"""
+
+_WRITE = r"""
+below "$1" "$folder"
+mkdir -p -- "$folder" || exit
+part=$folder/$3
+trap 'rm -f -- "$part"' EXIT
+head -c "$4" > "$part" || exit
+[ "$(stat -c %s -- "$part")" = "$4" ] || exit 91
+"""
+
+_REPLACE = r"""
+mv -f -T -- "$part" "$full"
+"""
+
+# where hard links are unknown, O_EXCL does
+_ADD = r"""
+ln -T -- "$part" "$full" 2>/dev/null && exit
+set -C
+exec 3> "$full" || exit
+cat -- "$part" >&3 || { rm -f -- "$full"; exit 1; }
+"""
+
+_DELETE = r"""
+set -o pipefail
+while IFS= read -r -d '' path; do
+    full=$1/$path
+    if [ "${full%/*}" != "$seen" ]; then
+        seen=${full%/*}
+        below "$1" "$seen"
+    fi
+    printf '%s\0' "$full"
+done | xargs -0 -r rm -f --
+"""
+
+_ERRORS: Sequence[tuple[str, type[CvlaunchError], str]] = (
+    (r"Permission denied|Operation not permitted", AuthError,
+     "no permission on this folder: ask its owner, or choose another"),
+    (r"Read-only file system", AuthError, "this file system is read-only: choose another folder"),
+    (r"No space left on device", CapacityError, "the disk is full: make room, or choose another disk"),
+    (r"[Qq]uota exceeded", CapacityError, "the disk quota is used up: make room, or choose another disk"),
+    (r"Not a directory|cannot overwrite directory", SpecError, "a file or folder is in the way: choose another path"),
+    (r"Is a directory", SpecError, "this is a folder: choose another path"),
+    (r"File name too long|Too many levels of symbolic links", SpecError, "the system refuses it: choose another path"),
+    (r"Stale file handle|Input/output error|not connected", UnreachableError,
+     "the file system does not answer: try again later"),
+    (r"command not found", UnsupportedError, "GNU coreutils and findutils are needed there: ask its administrators"),
+)  # fmt: skip
+"""strerror of what went wrong there → what the caller can do."""
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    """The folder `root` of a machine behind ssh, which need not exist before something is written.
+
+    Symbolic links are not listed; a path that leads out of the folder through one is refused.
+    root: an absolute path.
+    """
+
+    host: Host
+    root: str
+
+    def __post_init__(self) -> None:
+        inside = self.root.strip("/")
+        if not self.root.startswith("/") or not inside or bad_path(inside):
+            raise SpecError(f"{self.root!r} is not a folder on {self.host.name}; one looks like /scratch/me/runs")
+
+    @property
+    def uri(self) -> str:
+        return f"ssh://{self.host.name}/{self.root.strip('/')}"
+
+    def head(self, path: str) -> Entry | None:
+        done = self._run(_HEAD, check_path(path))
+        if done.code and not _is_missing(done.err):
+            raise self._error(done, path)
+        return next((_entry(path, facts) for facts, _ in _records(done.out)), None)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        done = self._run(_LIST, check_path(prefix) if prefix else "")
+        if done.code and not _is_missing(done.err):
+            raise self._error(done, prefix)
+        start = f"{prefix}/" if prefix else ""
+        found = {start + path: facts for facts, path in _records(done.out)}
+        yield from (_entry(from_store(path, self.uri), found[path]) for path in sorted(found))
+
+    def read(self, path: str) -> bytes:
+        return self.read_range(path, 0)
+
+    def read_range(self, path: str, start: int, end: int | None = None) -> bytes:
+        length = "" if end is None else str(max(0, end - start))
+        return self._checked(self._run(_OPEN + _READ, check_path(path), str(start + 1), length), path).out
+
+    def write(self, path: str, data: bytes | Path, *, if_absent: bool = False) -> None:
+        part = f".{check_path(path).rpartition('/')[2][:200]}.{secrets.token_hex(8)}.part"
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        script = _WRITE + (_ADD if if_absent else _REPLACE)
+        self._checked(self._run(script, path, part, str(size), stdin=data), path)
+
+    def download(self, path: str, to: Path) -> Entry:
+        check_path(path)
+        with copy_into_place(to) as file:
+            done = self._checked(self._run(_OPEN + _DOWNLOAD, path, to=file), path)
+            entry = _entry(path, done.err.split()[-3:])
+            if file.tell() != entry.size:
+                raise self._cut_short(path)
+            return entry
+
+    def delete(self, paths: Iterable[str]) -> None:
+        names = "".join(f"{check_path(path)}\0" for path in paths)
+        if names:
+            self._checked(self._run(_DELETE, "", stdin=names.encode()), "")
+
+    def local_path(self, path: str = "") -> Path | None:
+        return None
+
+    def check_writable(self) -> None:
+        self.write(PROBE, b"")
+        self.delete([PROBE])
+
+    def _run(self, script: str, *arguments: str, stdin: bytes | Path = b"", to: BinaryIO | None = None) -> Done:
+        return self.host.run(_BEGIN + script, self.root, *arguments, stdin=stdin, to=to, login=False)
+
+    def _checked(self, done: Done, path: str) -> Done:
+        if done.code:
+            raise self._error(done, path)
+        return done
+
+    def _error(self, done: Done, path: str) -> Exception:
+        place = f"{self.uri}/{path}".rstrip("/")
+        if done.code == _LEFT:
+            return SpecError(f"{path!r} leaves {self.uri} through a symbolic link: remove the link")
+        if done.code == _SHORT:
+            return self._cut_short(path)
+        if re.search(r"File exists|cannot overwrite existing file", done.err):
+            return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place)
+        for pattern, kind, sentence in _ERRORS:
+            if re.search(pattern, done.err):
+                return kind(f"{place}: {sentence}")
+        if _is_missing(done.err):
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
+        return CvlaunchError(f"{place}: exit code {done.code}: {done.err.strip()[-300:] or 'nothing was said'}")
+
+    def _cut_short(self, path: str) -> IntegrityError:
+        return IntegrityError(f"{path!r} in {self.uri} was cut short while it was copied: copy it again")
+
+
+def _is_missing(err: str) -> bool:
+    """Whether nothing but that is wrong: files may vanish while others are listed."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    return all(re.search(r"No such file or directory|Not a directory", line) for line in lines) and bool(lines)
+
+
+def _records(out: bytes) -> Iterator[tuple[Sequence[str], str]]:
+    """(size, modified, inode), path."""
+    for record in out.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+        size, modified, inode, path = record.split(" ", 3)
+        yield (size, modified, inode), path
+
+
+def _entry(path: str, facts: Sequence[str]) -> Entry:
+    """With the etag that FolderStore has for the same file."""
+    size, modified, inode = facts
+    seconds, _, fraction = modified.partition(".")
+    nanoseconds = int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0"))
+    return Entry(path, int(size), nanoseconds / 1e9, f"{nanoseconds:x}-{int(size):x}-{int(inode):x}")

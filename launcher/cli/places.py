@@ -9,6 +9,7 @@ import click
 
 from launcher.backends import load_backend, names
 from launcher.backends.base import Feature, Support
+from launcher.cli.clusters import probe, setup
 from launcher.cli.options import complete_backends, complete_targets, json_option, quiet_option
 from launcher.cli.out import Column, Out
 from launcher.errors import CvlaunchError, UnsupportedError
@@ -127,6 +128,10 @@ def _keys(selected: Selected) -> dict[str, Any]:
         scheme, _, rest = webhook.partition("://")
         keys["notify"]["webhook"] = f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}/..."
     return keys
+
+
+targets.add_command(setup)
+targets.add_command(probe)
 
 
 @click.group()

@@ -315,13 +315,13 @@ mv -T -- "$made" "$file"
 class SetUp:
     """What a target needs is there. done: what this call did, in words; empty if all was there already.
 
-    library: the link to our package. version, contract: of `python`. missing: packages that the trainer would miss.
+    library: the link to our package. version: of `python`, None without one. missing: packages that the trainer needs.
     """
 
     root: str
     library: str
-    python: str
-    version: str
+    python: str | None
+    version: str | None
     contract: int
     done: tuple[str, ...]
     missing: tuple[str, ...] = ()
@@ -367,17 +367,22 @@ def set_up(
     *,
     python: str | None = None,
     requirements: Path | None = None,
+    environment: bool = True,
     say: Callable[[str], None],
     setup: Sequence[str] = (),
 ) -> SetUp:
     """Brings everything that jobs on a cluster import, and checks that it works. May be repeated; does what is missing.
 
     python: an interpreter of the user's own there; None makes an environment from `requirements`, or from the trainer
-    image's lock. setup: lines of bash that come before jobs there, such as `module load`. say: gets lines of progress.
+    image's lock. environment: False makes none, for jobs that run in images. setup: lines of bash that come before jobs
+    there, such as `module load`. say: gets lines of progress.
     """
     library = _library(places.library(root))
     there = _prepare(host, root, library)
     done = [*_bring_library(host, root, library, there=there)]
+    link = places.library(root)
+    if python is None and not environment:
+        return SetUp(root, link, None, None, CONTRACT, tuple(done))
     env = places.environment(root, requirements)
     made = python is None and _make_environment(host, root, env, requirements=requirements, there=there, say=say)
     python = python or places.python_of(env)
@@ -385,7 +390,7 @@ def set_up(
     if made:
         shared = "" if found.home.startswith(f"{root}/") else ", which compute nodes must have, too"
         done.append(f"made {env} with Python {found.version} ({found.home}{shared})")
-    return SetUp(root, places.library(root), python, found.version, CONTRACT, tuple(done), found.missing)
+    return SetUp(root, link, python, found.version, CONTRACT, tuple(done), found.missing)
 
 
 def _prepare(host: Host, root: str, library: _Library) -> _There:

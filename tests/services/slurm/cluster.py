@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from tests.services.slurm.settings import ACCOUNT, NODES, QOS, Ports, free_ports
 __all__ = ["NODES", "SlurmCluster", "slurm_cluster", "slurm_works"]
 
 _PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd", "mariadb-install-db")
+# the first is for slurmd's files: its sockets' paths may have 107 characters at most, and pytest's folders use them up
+_NODE_MOUNTS = ("mount -t tmpfs tmpfs /var/spool", "mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -91,13 +94,16 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         """Returns when the controller counts on it; does nothing if it runs."""
         if not self._runs(node):
-            shm = "mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm"
-            prepare = f"hostname {node}\nmount --bind '{self.folder}/hosts' /etc/hosts\n{shm}"
+            hosts = f"mount --bind '{self.folder}/hosts' /etc/hosts"
+            prepare = "\n".join([f"hostname {node}", hosts, *_NODE_MOUNTS])
             self._start(node, ["slurmd", "-D", "-N", node], prepare)
-        self.daemons[node].wait_until(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), "up")
+        self.daemons[node].wait_until(lambda: self._counted_on(node), "up")
 
     def node_state(self, node: str) -> str:
-        return self.run("sinfo", "-h", "-N", "-p", "main", "-n", node, "-o", "%T", check=False)
+        """Such as `idle`, `idle+drain`, `down*`. Not by sinfo, which after a restart of the controller may show for
+        minutes what no longer holds."""
+        found = re.search(r" State=(\S+)", self.run("scontrol", "--oneliner", "show", "node", node, check=False))
+        return found[1].lower() if found else ""
 
     def drain(self, node: str, reason: str = "a test") -> None:
         """Jobs on it run on, none starts there."""
@@ -127,10 +133,13 @@ class SlurmCluster:
             # what ignores the signal has KillWait seconds otherwise
             self.run("scancel", "--user=root", "--full", "--signal=KILL", "--quiet", check=False)
         for node in NODES:
-            if self.node_state(node).rstrip("*") not in ("idle", "mixed", "allocated", "completing"):
-                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            # refused where there is nothing to resume
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
             self.start_node(node)
         self.wait_idle()
+
+    def _counted_on(self, node: str) -> bool:
+        return re.fullmatch(r"(idle|mixed|allocated)(\+completing)?", self.node_state(node)) is not None
 
     def _runs(self, name: str) -> bool:
         return name in self.daemons and self.daemons[name].running
@@ -184,10 +193,10 @@ def _start_munge(cluster: SlurmCluster) -> None:
 def _start_accounting(cluster: SlurmCluster) -> None:
     folder = cluster.folder
     # in memory that only this daemon sees: ten times as fast, and gone with it
-    prepare = (
-        f"mount -t tmpfs tmpfs '{folder}/database'\n"
+    install = (
         f"mariadb-install-db --defaults-file='{folder}/my.cnf' --skip-test-db --auth-root-authentication-method=normal"
     )
+    prepare = f"mount -t tmpfs tmpfs '{folder}/database'\n{install} >/dev/null"
     database = cluster._start("mariadbd", ["mariadbd", f"--defaults-file={folder}/my.cnf"], prepare)
     database.wait_until(lambda: _accepts(folder / "mariadb.socket"), "listening")
     accounting = cluster._start("slurmdbd", ["slurmdbd", "-D"])

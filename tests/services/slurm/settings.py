@@ -52,7 +52,7 @@ _free = _free_numbers()
 
 def write_settings(folder: Path, ports: Ports, *, accounting: bool, settings: Mapping[str, str]) -> Path:
     """Path of the slurm.conf; the others lie beside it."""
-    for name in ("state", "spool", "dev", "log"):
+    for name in ("state", "dev", "log"):
         (folder / name).mkdir(parents=True)
     merged = {**_settings(folder, ports), **(_accounting(folder, ports) if accounting else {}), **settings}
     lines = [*(f"{name}={value}" for name, value in merged.items()), *_nodes(ports), *_PARTITIONS]
@@ -77,7 +77,7 @@ def _settings(folder: Path, ports: Ports) -> dict[str, str]:
         # a job that was requeued starts again cred_expire + 1 s later; the default of 120 s is for slow prologs
         "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
         "StateSaveLocation": f"{folder}/state",
-        "SlurmdSpoolDir": f"{folder}/spool/%n",
+        "SlurmdSpoolDir": "/var/spool/slurmd",
         "SlurmctldPidFile": f"{folder}/slurmctld.pid",
         "SlurmdPidFile": f"{folder}/slurmd.%n.pid",
         "MailProg": "/bin/true",
@@ -150,8 +150,9 @@ def _gpus(folder: Path) -> Iterator[str]:
 
 def _write_database_settings(folder: Path, ports: Ports) -> None:
     (folder / "database").mkdir()
+    # with a tmpdir of its own: the files there are named after process ids, the same ones in each PID namespace
     (folder / "my.cnf").write_text(
-        f"[mysqld]\nuser=root\ndatadir={folder}/database\nsocket={folder}/mariadb.socket\n"
+        f"[mysqld]\nuser=root\ndatadir={folder}/database\ntmpdir={folder}/database\nsocket={folder}/mariadb.socket\n"
         f"pid-file={folder}/mariadb.pid\nskip-networking\nskip-name-resolve\n"
         "innodb_log_file_size=8M\ninnodb_buffer_pool_size=32M\n"
     )

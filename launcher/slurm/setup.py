@@ -45,6 +45,8 @@ __all__ = ["PULLS", "Pull", "SetUp", "bring_image", "set_up"]
 _PACKAGES = ("torch", "torchvision", "timm", "ultralytics")
 """What the trainer imports; jobs with a command of their own need none of it."""
 
+_HUB = "docker.io"
+
 _PYTHONS = ("3.11", ">=3.11")
 """The lock is made for the first, as in the trainer image; its hashes are of later ones, too."""
 _OWN_PYTHONS = (">=3.11",)
@@ -64,7 +66,7 @@ class Pull:
     ending: str
     wants: str
     script: str
-    hub: str = "docker.io"
+    hub: str = _HUB
 
 
 _NAME = "{registry}/{name}{at}{version}"
@@ -122,8 +124,8 @@ _DISK: Mapping[str, tuple[type[CvlaunchError], str]] = {
 """Words of the system → whose turn it is."""
 
 _NETWORK = (
-    r"error sending request|dns error|[Ff]ailed to (?:fetch|download)|[Cc]onnection refused|timed out|i/o timeout|"
-    r"no such host|[Cc]ould not resolve|Name or service not known|Temporary failure|Network is unreachable|"
+    r"error sending request|dns error|failed to (?:fetch|download)|connection refused|timed out|i/o timeout|"
+    r"no such host|could not resolve|Name or service not known|Temporary failure|Network is unreachable|"
     r"Max retries exceeded"
 )
 _INSTALLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
@@ -143,11 +145,11 @@ _INSTALLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
     ),
 }
 _PULLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
-    r"(?i)unauthorized|authentication required|denied: |\b40[13]\b": (
+    r"unauthorized|authentication required|denied: |\b40[13]\b": (
         AuthError,
         "the registry wants a login: log in there with the same tool, then try again",
     ),
-    r"(?i)manifest unknown|not found|\b404\b|name unknown": (SpecError, "the registry has no such image"),
+    r"manifest unknown|not found|\b404\b|name unknown": (SpecError, "the registry has no such image"),
     **_DISK,
     _NETWORK: (
         UnreachableError,
@@ -535,6 +537,7 @@ def bring_image(
     fields = {"registry": registry, "name": name, "version": version, "at": "@" if ":" in version else ":"}
     if pull is None:
         return _NAME.format_map(fields)
+    fields["registry"] = pull.hub if registry == _HUB else registry
     file = places.image(root, reference, digest=digest, ending=pull.ending)
     script = "\n".join([*setup, _PULL.replace("PULL", pull.script)])
     done, _ = _stream(host, script, root, file, pull.wants.format_map(fields), pull.tool, pull.ending, say=say)
@@ -558,7 +561,7 @@ def _parts(reference: str) -> tuple[str, str, str]:
             key="image",
         )
     if not slash or not set(first) & set(".:"):
-        first, rest = "docker.io", name if slash else f"library/{name}"
+        first, rest = _HUB, name if slash else f"library/{name}"
     rest, _, tag = rest.partition(":")
     return first, rest, digest or tag or "latest"
 
@@ -601,7 +604,7 @@ def _check(done: Done, host: Host, thing: str, known: Mapping[str, tuple[type[Cv
     if done.code == 0:
         return
     for pattern, (kind, advice) in known.items():
-        if found := re.search(f"^.*(?:{pattern}).*$", done.err, re.MULTILINE):
+        if found := re.search(f"^.*(?:{pattern}).*$", done.err, re.MULTILINE | re.IGNORECASE):
             raise kind(f"{thing} on {host.name}: {advice} ({found[0].strip()})")
     raise SpecError(f"{thing} on {host.name}: exit code {done.code}: {_last(done.err) or 'nothing was said'}")
 

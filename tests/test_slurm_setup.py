@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -30,6 +32,7 @@ from launcher.process import descendants
 from launcher.remote import Host
 from launcher.slurm import places
 from launcher.slurm.setup import SetUp, bring_image, set_up
+from tests.services.podman import podman
 
 HASHES = (
     "4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274",
@@ -479,3 +482,59 @@ def test_images_that_can_not_come(root: str) -> None:
         bring_image(HERE, root, reference="ghcr.io/a/b:1", digest=DIGEST, way="podman", say=quiet)
         == f"ghcr.io/a/b@{DIGEST}"
     )
+
+
+@pytest.fixture
+def tls_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """host:port of a registry with a certificate, as ch-image wants it, which trusts it here."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-nodes", "-keyout", key, "-out", certificate]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "2", *subject, *files],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    settings = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
+        "http": {"addr": "127.0.0.1:0", "tls": {"certificate": str(certificate), "key": str(key)}},
+    }
+    (tmp_path / "registry.yml").write_text(json.dumps(settings))
+    log = tmp_path / "registry.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"], stdout=out, stderr=out)
+    try:
+        while not (found := re.search(r"listening on (127\.0\.0\.1:\d+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.02)
+        yield found[1]
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.mark.needs("podman", "docker-registry", "charliecloud")
+def test_charliecloud_pulls_an_image_into_a_folder(
+    root: str, tmp_path: Path, tls_registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", SYSTEM_PATH)  # ch-image is a program of Debian's Python
+    monkeypatch.delenv("USER", raising=False)
+    (tmp_path / "content/etc").mkdir(parents=True)
+    (tmp_path / "content/etc/made").write_text("by us\n")
+    subprocess.run(["tar", "-cf", tmp_path / "content.tar", "-C", tmp_path / "content", "."], check=True)
+    reference = f"{tls_registry}/team/tiny:1"
+    podman("import", "--quiet", tmp_path / "content.tar", reference)
+    try:
+        podman("push", "--quiet", "--tls-verify=false", "--digestfile", tmp_path / "digest", reference)
+    finally:
+        podman("rmi", "--force", reference)
+    digest = (tmp_path / "digest").read_text()
+    library_only(root)
+    for known in (None, digest):
+        folder = bring_image(HERE, root, reference=reference, digest=known, way="charliecloud", say=quiet)
+        assert Path(folder, "etc/made").read_text() == "by us\n"
+        assert bring_image(HERE, root, reference=reference, digest=known, way="charliecloud", say=quiet) == folder
+    assert Path(root, ".cache/charliecloud").is_dir()
+    with pytest.raises(SpecError, match="the registry has no such image"):
+        bring_image(HERE, root, reference=f"{tls_registry}/team/none:1", digest=None, way="charliecloud", say=quiet)

@@ -101,7 +101,9 @@ PULLS: Mapping[str, Pull | None] = {
         "",
         _NAME,
         'export USER="${USER:-$(id -un)}" CH_IMAGE_STORAGE="${CH_IMAGE_STORAGE:-$cache/charliecloud}"\n'
-        'ch-image pull "$reference" && ch-convert -i ch-image -o dir "$reference" "$made"',
+        # without the build cache, which is git's and asks who the user is
+        'ch-image pull --no-cache "$reference" && ch-convert -i ch-image -o dir "$reference" "$made" || return\n'
+        'ch-image delete --no-cache "$reference" || :',
         hub="registry-1.docker.io",
     ),
     "podman": None,  # each node has a store of its own, and pulls
@@ -145,6 +147,10 @@ _INSTALLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
     ),
 }
 _PULLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
+    r"unauthorized or not in registry": (
+        SpecError,
+        "the registry has no such image, or shows it only to those that it knows: correct the name, or log in there",
+    ),
     r"unauthorized|authentication required|denied: |\b40[13]\b": (
         AuthError,
         "the registry wants a login: log in there with the same tool, then try again",

@@ -17,7 +17,10 @@ from launcher.contract import LOGS, SEGMENTS
 from launcher.stores import Store
 from launcher.sync import Cursor, read_appended
 
-__all__ = ["follow_logs", "parse_line"]
+__all__ = ["PRINTED", "follow_logs", "parse_line", "printed_lines"]
+
+PRINTED = "printed:"
+"""Begins the cursor of a line that is in no log file."""
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) \[(-|\d+)\] ?(.*)", re.DOTALL)
 _FILE = re.compile(rf"(?:nodes/\d+/)?{LOGS}/attempt-(\d+)\.node-(\d+)\.log")
@@ -55,6 +58,22 @@ def follow_logs(
         if over or ended is None:
             return
         sleep(every)
+
+
+def printed_lines(
+    read: Callable[[], bytes], ended: Callable[[], bool], *, follow: bool, since: str, every: float = 0.5
+) -> Iterator[LogLine]:
+    """What was printed outside of any log file: whole lines; at the end also one that has none. read: all of it."""
+    number = int(since.removeprefix(PRINTED) or 0)
+    while True:
+        over = ended()
+        lines = read().split(b"\n")
+        for text in (lines if over and lines[-1] else lines[:-1])[number:]:
+            number += 1
+            yield LogLine(text.decode(errors="replace"), cursor=f"{PRINTED}{number}")
+        if over or not follow:
+            return
+        time.sleep(every)
 
 
 def _files(store: Store) -> Iterator[tuple[str, int, int]]:

@@ -16,7 +16,7 @@ from launcher.attempts import Ended
 from launcher.backends.base import LogLine
 from launcher.contract import EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_PREEMPTED, Layout
 from launcher.errors import SpecError
-from launcher.logfiles import follow_logs
+from launcher.logfiles import PRINTED, follow_logs, printed_lines
 from launcher.process import ProcessId
 from launcher.status import State, Status
 from launcher.stores import open_store
@@ -57,9 +57,6 @@ _CODE_REASONS = {
 _PHASES = {"starting": State.STARTING, "restarting": State.RESTARTING}
 _START_S = 5.0
 """How long a new supervisor has until its record says who it is."""
-_EVERY_S = 0.5
-_PRINTED = "printed:"
-"""Begins the cursor of a line that is in no log file."""
 
 
 class Leftovers(Protocol):
@@ -233,24 +230,14 @@ def logs(
     if folder.root is None:
         return
     seen = False
-    if runner and not since.startswith(_PRINTED):
+    if runner and not since.startswith(PRINTED):
         until_end = ended if follow or ended() else None
         for line in follow_logs(open_store(str(folder.root)), ended=until_end, since=since):
             seen = True
             yield line
-    if not runner or (not seen and (not since or since.startswith(_PRINTED)) and ended()):
-        yield from _printed(folder.log, ended, follow=follow, since=since)
+    if not runner or (not seen and (not since or since.startswith(PRINTED)) and ended()):
+        yield from printed_lines(lambda: _bytes_of(folder.log), ended, follow=follow, since=since)
 
 
-def _printed(log: Path, ended: Callable[[], bool], *, follow: bool, since: str) -> Iterator[LogLine]:
-    """Whole lines; at the end also one that has none."""
-    number = int(since.removeprefix(_PRINTED) or 0)
-    while True:
-        over = ended()
-        lines = (log.read_bytes() if log.exists() else b"").split(b"\n")
-        for text in (lines if over and lines[-1] else lines[:-1])[number:]:
-            number += 1
-            yield LogLine(text.decode(errors="replace"), cursor=f"{_PRINTED}{number}")
-        if over or not follow:
-            return
-        time.sleep(_EVERY_S)
+def _bytes_of(log: Path) -> bytes:
+    return log.read_bytes() if log.exists() else b""

@@ -23,7 +23,7 @@ ROWS = [
     "logfiles",
     "code image notify plan report runner starter supervised watch",
     "slurm",
-    "backends.container backends.local",
+    "backends.container backends.local backends.slurm",
     "backends findings ledger",
     "targets",
     "resolve",

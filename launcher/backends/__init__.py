@@ -16,6 +16,7 @@ GROUP = "cvlaunch.backends"
 _BUILT_IN = {
     "container": "launcher.backends.container:ContainerBackend",
     "local": "launcher.backends.local:LocalBackend",
+    "slurm": "launcher.backends.slurm:SlurmBackend",
 }
 
 

@@ -32,11 +32,9 @@ TOOLS: Mapping[str, str] = {
     "pyxis": "pyxis",
     "apptainer": "apptainer",
     "singularity": "singularity",
-    "enroot": "enroot",
     "ch-run": "charliecloud",
-    "podman": "podman",
 }
-"""Container tool → `container_command` of a target; the better first."""
+"""Container tool → way of a target (launcher.slurm.ways); the better first."""
 
 _GPU_MODELS = (
     "GB300", "GB200", "B300", "B200", "GH200", "H200", "H100", "H20", "A100", "A40", "A30", "A16", "A10", "A2",
@@ -348,26 +346,57 @@ def _open(partition: Partition, cluster: Cluster) -> bool:
 def as_target(cluster: Cluster, *, ssh: str | None, root: str | None) -> dict[str, object]:
     """Keys of a target for it. root: None takes the first folder that the user may write."""
     partition = best_partition(cluster)
-    accounts = {account.name for account in cluster.accounts}
-    if partition and partition.accounts:
-        accounts &= set(partition.accounts)
-    tool = next((TOOLS[name] for name in TOOLS if name in cluster.tools), None)
     keys = {
         "backend": "slurm",
         "ssh": ssh,
         "root": root or f"{cluster.folders[0] if cluster.folders else ''}/cvlaunch",
-        "partition": partition.name if partition else None,
-        "account": accounts.pop() if len(accounts) == 1 else None,
-        "gpu_types": _gpu_types(partition) if partition else {},
-        "container_command": tool,
+        **(_of_partition(partition, cluster) if partition else {}),
+        "container_command": next((TOOLS[name] for name in TOOLS if name in cluster.tools), None),
     }
     return {key: value for key, value in keys.items() if value}
+
+
+def _of_partition(partition: Partition, cluster: Cluster) -> dict[str, object]:
+    accounts = {account.name for account in cluster.accounts if account.partition in ("", partition.name)}
+    if partition.accounts:
+        accounts &= set(partition.accounts)
+    return {
+        "partition": partition.name,
+        "spot_partition": _preempted(cluster, partition),
+        "account": accounts.pop() if len(accounts) == 1 else None,
+        "time": _longest(partition.time_limit),
+        "gpu_types": _gpu_types(partition),
+        "gpu_features": _gpu_features(partition),
+    }
+
+
+def _preempted(cluster: Cluster, best: Partition) -> str | None:
+    """The partition whose jobs make room for those of others, and start again."""
+    if cluster.limits.preempt_type != "partition_prio":
+        return None
+    lower = [p for p in cluster.partitions if p.preempt_mode == "REQUEUE" and p.priority < best.priority and p.up]
+    return next((p.name for p in lower if sum(p.gpus.values()) and _open(p, cluster)), None)
+
+
+def _longest(limit: str) -> str | None:
+    """`1-12:00:00` → `36h`; None for one that is none, or too short for a training."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", limit)
+    if not found:
+        return None
+    days, hours, minutes = (int(number or 0) for number in found.groups())
+    return f"{24 * days + hours}h{f'{minutes}m' if minutes else ''}" if days or hours else None
 
 
 def _gpu_types(partition: Partition) -> dict[str, str]:
     """Our name of a model → the site's; of several, the one that there is most of."""
     kinds = sorted(partition.gpus, key=lambda kind: partition.gpus[kind])
     return {model: kind for kind in kinds if (model := _model(kind))}
+
+
+def _gpu_features(partition: Partition) -> dict[str, str]:
+    """Our name of a model → the feature of its nodes, where the site gives its GPUs no types."""
+    features = (name for nodes in partition.nodes if "" in nodes.gpus for name in nodes.features)
+    return {model: name for name in features if (model := _model(name))}
 
 
 def _model(kind: str) -> str | None:

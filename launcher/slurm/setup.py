@@ -13,12 +13,13 @@ import hashlib
 import io
 import platform
 import re
+import shlex
 import shutil
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -71,7 +72,7 @@ class Pull:
 
 _NAME = "{registry}/{name}{at}{version}"
 
-PULLS: Mapping[str, Pull | None] = {
+PULLS: Mapping[str, Pull] = {
     "apptainer": Pull(
         "apptainer",
         ".sif",
@@ -106,9 +107,8 @@ PULLS: Mapping[str, Pull | None] = {
         'ch-image delete --no-cache "$reference" || :',
         hub="registry-1.docker.io",
     ),
-    "podman": None,  # each node has a store of its own, and pulls
 }
-"""Way of running containers → how its image comes; Pyxis runs the files of enroot."""
+"""By the word of launcher.slurm.ways.Way.pull."""
 
 _DISK: Mapping[str, tuple[type[CvlaunchError], str]] = {
     r"No space left on device": (CapacityError, "the disk is full: make room, or set `root` to another file system"),
@@ -275,7 +275,7 @@ date > "$env/complete"
 )
 
 _PYTHON = r"""
-export LC_ALL=C PYTHONPATH=$2
+export LC_ALL=C PYTHONPATH=$2 PYTHONNOUSERSITE=1
 unset PYTHONHOME
 cd -- "$3" && exec "$1" -c "$4"
 """
@@ -500,7 +500,7 @@ def _own_uv(there: _There) -> Path | None:
 
 def _check_python(host: Host, root: str, python: str, setup: Sequence[str]) -> _Python:
     """SpecError if it doesn't start, is too old or imports another cvlaunch."""
-    script = "\n".join([*setup, _PYTHON])
+    script = "\n".join([*_before(setup), _PYTHON])
     done = host.run(script, python, places.library(root), root, _LOOK)
     facts = _facts(done)
     thing = f"{python} on {host.name}"
@@ -533,19 +533,20 @@ def bring_image(
 ) -> str:
     """The file or folder there that holds an image, pulled and converted if it isn't there yet; one pull at a time.
 
-    With podman it is the reference itself, by digest where that is known: each node pulls. digest: of the manifest.
+    digest: of the manifest. way: a key of PULLS; empty where each node pulls by itself, and then it is the reference,
+    by digest where that is known.
     """
-    pull = PULLS.get("enroot" if way == "pyxis" else way)
+    if way and way not in PULLS:
+        raise UnsupportedError(f"how images are brought for {way!r} is not known; known are {', '.join(PULLS)}")
     registry, name, version = _parts(reference)
-    if way not in PULLS and way != "pyxis":
-        raise UnsupportedError(f"how images are brought for {way!r} is not known; known are {', '.join(PULLS)}, pyxis")
     version = digest or version
     fields = {"registry": registry, "name": name, "version": version, "at": "@" if ":" in version else ":"}
-    if pull is None:
+    if not way:
         return _NAME.format_map(fields)
+    pull = PULLS[way]
     fields["registry"] = pull.hub if registry == _HUB else registry
     file = places.image(root, reference, digest=digest, ending=pull.ending)
-    script = "\n".join([*setup, _PULL.replace("PULL", pull.script)])
+    script = "\n".join([*_before(setup), _PULL.replace("PULL", pull.script)])
     done, _ = _stream(host, script, root, file, pull.wants.format_map(fields), pull.tool, pull.ending, say=say)
     if done.code == 127 and not done.err.strip():
         raise UnsupportedError(
@@ -573,6 +574,13 @@ def _parts(reference: str) -> tuple[str, str, str]:
 
 
 # ---- what a script said
+
+
+def _before(setup: Sequence[str]) -> Iterator[str]:
+    """As in a job: a line that fails ends it."""
+    for line in setup:
+        words = shlex.quote(f"this line of the target's setup failed: {line}")
+        yield f"eval {shlex.quote(line)} || {{ echo {words} >&2; exit 64; }}"
 
 
 def _stream(

@@ -1,4 +1,4 @@
-"""SLURM's words for states and reasons, and what they mean. From squeue(1), sacct(1) and "Job Reason Codes" of its manual."""
+"""SLURM's words for states and reasons, and what they mean. From squeue(1), sacct(1), "Job Reason Codes"."""
 
 from __future__ import annotations
 

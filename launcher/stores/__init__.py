@@ -1,7 +1,8 @@
-"""Where bytes live: folders, `s3://`, `gs://` and `memory://` behind one small protocol.
+"""Where bytes live: folders, `ssh://`, `s3://`, `gs://` and `memory://` behind one small protocol.
 
 A store is the folder that its URI names; every path is relative to it, with `/` between the parts. Folders are
-handled by the standard library alone; the rest by obstore, imported when such a store is opened.
+handled by the standard library alone, those of `ssh://HOST/absolute/path` by the user's ssh; the rest by obstore,
+imported when such a store is opened.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = [
     "scheme",
 ]
 
-SCHEMES = ("file", "gs", "memory", "s3")
+SCHEMES = ("file", "gs", "memory", "s3", "ssh")
 
 
 def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: float = 30.0) -> Store:
@@ -57,6 +58,8 @@ def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: f
     kind = scheme(uri)
     if kind == "file":
         return FolderStore(Path(os.path.abspath(path_of(uri))))  # noqa: PTH100
+    if kind == "ssh":
+        return _behind_ssh(uri)
     if kind not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise SpecError(f"{kind}:// in {uri!r} is not a kind of store; known: {known}{nearest(kind, SCHEMES)}")
@@ -64,6 +67,16 @@ def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: f
     from launcher.stores.objects import CLIENTS, ObjectStore
 
     return ObjectStore(f"{kind}://{bucket}", prefix, CLIENTS[kind](bucket, options, patience_s))
+
+
+def _behind_ssh(uri: str) -> Store:
+    from launcher.remote import Host
+    from launcher.stores.remote import RemoteStore
+
+    host, _, path = uri.removeprefix("ssh://").partition("/")
+    if not (host and path):
+        raise SpecError(f"{uri!r} has no host or no path; it looks like ssh://login1/scratch/me/runs")
+    return RemoteStore(Host(host), os.path.normpath(f"/{path}"))
 
 
 def _bucket_and_prefix(uri: str) -> tuple[str, str]:

@@ -83,7 +83,8 @@ mv -f -T -- "$part" "$full"
 
 # where hard links are unknown, O_EXCL does
 _ADD = r"""
-ln -T -- "$part" "$full" 2>/dev/null && exit
+said=$(ln -T -- "$part" "$full" 2>&1) && exit
+case $said in *": File exists") echo "$said" >&2; exit 1 ;; esac
 set -C
 exec 3> "$full" || exit
 cat -- "$part" >&3 || { rm -f -- "$full"; exit 1; }
@@ -102,19 +103,22 @@ done | xargs -0 -r rm -f --
 """
 
 _ERRORS: Sequence[tuple[str, type[CvlaunchError], str]] = (
-    (r"Permission denied|Operation not permitted", AuthError,
+    (": (Permission denied|Operation not permitted)$", AuthError,
      "no permission on this folder: ask its owner, or choose another"),
-    (r"Read-only file system", AuthError, "this file system is read-only: choose another folder"),
-    (r"No space left on device", CapacityError, "the disk is full: make room, or choose another disk"),
-    (r"[Qq]uota exceeded", CapacityError, "the disk quota is used up: make room, or choose another disk"),
-    (r"Not a directory|cannot overwrite directory", SpecError, "a file or folder is in the way: choose another path"),
-    (r"Is a directory", SpecError, "this is a folder: choose another path"),
-    (r"File name too long|Too many levels of symbolic links", SpecError, "the system refuses it: choose another path"),
-    (r"Stale file handle|Input/output error|not connected", UnreachableError,
+    (": Read-only file system$", AuthError, "this file system is read-only: choose another folder"),
+    (": No space left on device$", CapacityError, "the disk is full: make room, or choose another disk"),
+    (": Disk quota exceeded$", CapacityError, "the disk quota is used up: make room, or choose another disk"),
+    (": Not a directory$|^mv: cannot overwrite directory ", SpecError,
+     "a file or folder is in the way: choose another path"),
+    (": Is a directory$", SpecError, "this is a folder: choose another path"),
+    (": (File name too long|Too many levels of symbolic links)$", SpecError,
+     "the system refuses it: choose another path"),
+    (": (Stale file handle|Input/output error|Transport endpoint is not connected)$", UnreachableError,
      "the file system does not answer: try again later"),
-    (r"command not found", UnsupportedError, "GNU coreutils and findutils are needed there: ask its administrators"),
+    (": command not found$", UnsupportedError,
+     "GNU coreutils and findutils are needed there: ask its administrators"),
 )  # fmt: skip
-"""strerror of what went wrong there → what the caller can do."""
+"""What a tool said → what the caller can do. The error ends the line, after a name that may be anything."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,10 @@ class RemoteStore:
             return SpecError(f"{path!r} leaves {self.uri} through a symbolic link: remove the link")
         if done.code == _SHORT:
             return self._cut_short(path)
-        if re.search(r"File exists|cannot overwrite existing file", done.err):
+        if re.search(": (File exists|cannot overwrite existing file)$", done.err, re.MULTILINE):
             return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place)
         for pattern, kind, sentence in _ERRORS:
-            if re.search(pattern, done.err):
+            if re.search(pattern, done.err, re.MULTILINE):
                 return kind(f"{place}: {sentence}")
         if _is_missing(done.err):
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
@@ -215,7 +219,7 @@ class RemoteStore:
 def _is_missing(err: str) -> bool:
     """Whether nothing but that is wrong: files may vanish while others are listed."""
     lines = [line for line in err.splitlines() if line.strip()]
-    return all(re.search(r"No such file or directory|Not a directory", line) for line in lines) and bool(lines)
+    return bool(lines) and all(re.search(": (No such file or directory|Not a directory)$", line) for line in lines)
 
 
 def _records(out: bytes) -> Iterator[tuple[Sequence[str], str]]:
@@ -226,8 +230,9 @@ def _records(out: bytes) -> Iterator[tuple[Sequence[str], str]]:
 
 
 def _entry(path: str, facts: Sequence[str]) -> Entry:
-    """With the etag that FolderStore has for the same file."""
+    """The same that FolderStore has for this file."""
     size, modified, inode = facts
     seconds, _, fraction = modified.partition(".")
-    nanoseconds = int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0"))
-    return Entry(path, int(size), nanoseconds / 1e9, f"{nanoseconds:x}-{int(size):x}-{int(inode):x}")
+    nanoseconds = int(fraction[:9].ljust(9, "0"))
+    etag = f"{int(seconds) * 10**9 + nanoseconds:x}-{int(size):x}-{int(inode):x}"
+    return Entry(path, int(size), int(seconds) + 1e-9 * nanoseconds, etag)  # rounded as st_mtime is

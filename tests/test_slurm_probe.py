@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import CapacityError, SpecError, UnreachableError, UnsupportedError
 from launcher.remote import Host
-from launcher.slurm.probe import Cluster, as_target, best_partition, probe, probe_node
+from launcher.slurm.probe import TOOLS, Cluster, as_target, best_partition, probe, probe_node
+from launcher.slurm.setup import PULLS
+from launcher.slurm.ways import WAYS
 from tests.services.slurm import SlurmCluster
 from tests.services.sshd import ALIAS, sshd
 
@@ -43,11 +46,13 @@ def test_a_real_cluster(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tm
     assert {qos.name: qos.limits for qos in cluster.qos}["limited"] == ("at most 1 gpu for a user's jobs together",)
     assert cluster.folders[0] == str(tmp_path)
     target = as_target(cluster, ssh=None, root=None)
-    target.pop("container_command", None)
+    assert target.pop("container_command", "charliecloud") == "charliecloud"
     assert target == {
         "backend": "slurm",
         "root": f"{tmp_path}/cvlaunch",
         "partition": "main",
+        "spot_partition": "low",
+        "time": "24h",
         "gpu_types": {"L40S": "l40s", "A100": "a100"},
     }
 
@@ -234,3 +239,15 @@ def test_a_target_takes_the_best_partition_that_is_ours(site: Cluster) -> None:
         "gpu_types": {"A100": "nvidia_a100_80gb_pcie", "H100": "h100"},
         "container_command": "pyxis",
     }
+
+
+def test_gpus_without_types_are_told_apart_by_features(site: Cluster) -> None:
+    (debug,) = (partition for partition in site.partitions if partition.name == "gpu-debug")
+    target = as_target(replace(site, partitions=(debug,)), ssh=None, root="/x")
+    assert (target["gpu_features"], target.get("gpu_types"), target.get("time")) == ({"T4": "t4"}, None, None)
+
+
+def test_every_way_that_a_probe_proposes_is_one() -> None:
+    assert set(TOOLS.values()) <= set(WAYS)
+    assert {way.pull for way in WAYS.values()} <= set(PULLS)
+    assert all(way.ending == PULLS[way.pull].ending for way in WAYS.values())

@@ -46,8 +46,8 @@ SECTIONS = {
         "rm": ("runs:rm", "Forget runs, and delete what is left of them."),
     },
     "Places": {
-        "targets": ("places:targets", "List, show, look at and set up the places to run jobs."),
-        "login": ("clusters:login", "Open the connection to a cluster that asks for a password or a code."),
+        "targets": ("places:targets", "List, show and set up the places to run jobs."),
+        "login": ("clusters:login", "Open the connection to a cluster that asks for a password."),
         "backends": ("places:backends", "Show what each platform can do."),
         "templates": ("places:templates", "Show a platform's template, or copy it to change it."),
         "completion": ("writing:completion", "Print the completion script of a shell."),

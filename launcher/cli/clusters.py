@@ -17,6 +17,7 @@ from launcher.cli.out import Column, Out
 from launcher.errors import CvlaunchError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
+    from launcher.backends.slurm import SlurmTarget
     from launcher.remote import Host
     from launcher.slurm.probe import Cluster, ComputeNode, Nodes, Partition
     from launcher.slurm.setup import SetUp
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["login", "probe", "setup"]
 
-_BACKEND = "slurm"
 _NOTHING = "the {} backend has nothing to set up, to look at or to log in to; targets of the backend slurm have"
 
 
@@ -41,24 +41,26 @@ _NOTHING = "the {} backend has nothing to set up, to look at or to log in to; ta
 def setup(*, name: str, images: tuple[str, ...], requirements: Path | None, out: Out) -> None:
     """Make target NAME ready for jobs: cvlaunch itself, a Python environment, images.
 
-    All of it stands below the target's `root`. May be repeated: it does what is missing. A target with `python` gets no
-    environment, its own is checked; one with `container_command` needs none.
+    All of it stands below the target's `root`. May be repeated: it does what is missing. A target with `python`, or on
+    this machine, gets no environment: its Python is checked. One with `container_command` needs none.
     """
     from launcher.slurm.setup import set_up
 
-    selected = _select(name)
-    place = _place(selected)
+    place = _place(_select(name))
+    in_images = place.target.way is not None and requirements is None
     done = set_up(
         place.host,
-        place.root,
-        python=place.python,
+        place.target.root,
+        python=None if in_images or requirements else place.python,
         requirements=requirements,
-        environment=place.way is None or requirements is not None,
+        environment=not in_images,
         say=out.note,
         setup=place.setup,
     )
-    brought = {image: _bring(place, selected, image, out) for image in images}
+    brought = {image: _bring(place, image, out) for image in images}
     _show_set_up(done, brought, out)
+    if requirements and done.python != place.target.python:
+        out.note(f"jobs run in it when the target says so: write python: {done.python}")
 
 
 @click.command()
@@ -83,8 +85,8 @@ def probe(
     from launcher.slurm.probe import as_target, probe
 
     known = _place(_select(name)) if name is not None and ssh is None and _is_there(name) else None
-    host = known.host if known else Host(ssh, target=name)
-    root = root or (known.root if known else None)
+    host = known.host if known else Host(ssh, name)
+    root = root or (known.target.root if known else None)
     cluster = probe(host)
     keys = as_target(cluster, ssh=host.ssh, root=root)
     way = keys.pop("container_command", None)
@@ -105,9 +107,10 @@ def probe(
 @click.argument("name", shell_complete=complete_targets)
 @quiet_option
 def login(name: str, out: Out) -> None:
-    """Open the connection to target NAME, where its host asks for a password or a code.
+    """Open the connection to a cluster that asks for a password.
 
-    All commands use it until it has not been used for 12 hours.
+    Or for a code of a second factor, or whether its host key is right. All commands use the connection of target NAME
+    then, until it has not been used for 12 hours.
     """
     host = _place(_select(name)).host
     host.login()
@@ -119,13 +122,18 @@ def login(name: str, out: Out) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """way: how its jobs run in images; None if they run in an environment."""
+    """setup: lines of bash that jobs there start with."""
 
+    name: str
     host: Host
-    root: str
-    python: str | None
-    way: str | None
+    target: SlurmTarget
     setup: tuple[str, ...]
+
+    @property
+    def python(self) -> str | None:
+        """None: an environment is made for it."""
+        target = self.target
+        return target.interpreter if target.python is not None or target.ssh is None else None
 
 
 def _select(name: str) -> Selected:
@@ -143,36 +151,32 @@ def _is_there(name: str) -> bool:
 
 def _place(selected: Selected) -> _Place:
     """What these commands need of a target. UnsupportedError for other backends than slurm."""
+    from launcher.backends.slurm import SlurmTarget
     from launcher.remote import Host
 
-    if selected.backend.name != _BACKEND:
+    target = selected.target
+    if not isinstance(target, SlurmTarget):
         raise UnsupportedError(_NOTHING.format(selected.backend.name), key=selected.name)
-    keys: Mapping[str, Any] = selected.target.model_dump()
-    modules = [f"module load {shlex.join(keys['modules'])}"] if keys.get("modules") else []
-    return _Place(
-        host=Host(keys.get("ssh"), target=selected.name),
-        root=keys["root"],
-        python=keys.get("python"),
-        way=keys.get("container_command"),
-        setup=(*modules, *(keys.get("setup") or ())),
-    )
+    modules = (f"module load {shlex.quote(module)}" for module in target.modules)
+    return _Place(selected.name, Host(target.ssh, selected.name), target, (*modules, *target.setup))
 
 
-def _bring(place: _Place, selected: Selected, image: str, out: Out) -> str:
+def _bring(place: _Place, image: str, out: Out) -> str:
+    """Where the image is there; what `submit` would take for the same words in a job file."""
     from launcher.image import Wanted, pin
     from launcher.slurm.setup import bring_image
 
-    if place.way is None:
-        raise SpecError("the target has no `container_command`, so that its jobs use no image", key="--image")
-    target = selected.target
-    wanted = Wanted(selected.name, image=image, registry=target.registry, profile=target.storage.profile)
+    target = place.target
+    if target.way is None:
+        raise SpecError("the target has no container_command, so that its jobs use no image", key="--image")
+    wanted = Wanted(place.name, image=image, registry=target.registry, profile=target.storage.profile)
     found = pin(wanted, make=out.note)
     return bring_image(
         place.host,
-        place.root,
+        target.root,
         reference=found.reference,
         digest=found.digest,
-        way=place.way,
+        way=target.way.pull,
         say=out.note,
         setup=place.setup,
     )

@@ -71,7 +71,7 @@ def _yes_style(text: str) -> str:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def targets(ctx: click.Context) -> None:
-    """List and show the places to run jobs.
+    """List, show and set up the places to run jobs.
 
     They come from targets.yaml of this folder or one above it, then from that of the user; every backend also has a
     built-in target of its own name.

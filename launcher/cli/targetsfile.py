@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from launcher.errors import SpecError
 from launcher.targets import FILE_NAME
-from launcher.yamlfile import parse_yaml, read_yaml
+from launcher.yamlfile import parse_yaml
 
 __all__ = ["add_target", "target_block"]
 
@@ -30,19 +31,27 @@ def add_target(folder: Path, name: str, keys: Mapping[str, object]) -> Path:
     """
     path = next((f / FILE_NAME for f in (folder, *folder.parents) if (f / FILE_NAME).is_file()), folder / FILE_NAME)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    content = read_yaml(path).content if old.strip() else {}
-    known = content.get("targets") or {}
+    content = parse_yaml(old, file=path)[0] or {}
+    known = content.get("targets") or {} if isinstance(content, dict) else None
+    if not isinstance(known, dict):
+        raise SpecError("expected keys and values, and below `targets`, too", file=path)
     if name in known:
         raise SpecError(
             f"{name!r} is there already: choose another name, or change it by hand", file=path, key="targets"
         )
     new = _with_block(old, name, keys)
-    if parse_yaml(new)[0] != {**content, "targets": {**known, name: dict(keys)}}:
+    if _parsed(new) != {**content, "targets": {**known, name: dict(keys)}}:
         raise SpecError("no target can be added to a file written like this: add the printed lines by hand", file=path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(new, encoding="utf-8")
     part.replace(path)
     return path
+
+
+def _parsed(text: str) -> object:
+    with contextlib.suppress(SpecError):
+        return parse_yaml(text)[0]
+    return None
 
 
 def _with_block(old: str, name: str, keys: Mapping[str, object]) -> str:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from launcher.errors import CapacityError, SpecError, UnreachableError, UnsupportedError
 from launcher.remote import Host
@@ -71,61 +72,8 @@ _QOS_LIMITS: Mapping[str, str] = {
 
 _ACCOUNT_FIELDS = ("Account", "Partition", "QOS", "DefaultQOS", *_ACCOUNT_LIMITS)
 _QOS_FIELDS = ("Name", "Priority", "Preempt", *_QOS_LIMITS)
+_SCRIPTS = Path(__file__).parent / "scripts"
 _NODE_FIELDS = "%P|%T|%D|%c|%m|%G|%f"
-
-_LOOK = r"""
-export LC_ALL=C
-section() {
-    printf '@@ %s\n' "$1"
-    shift
-    timeout 60 "$@" 2>&1 < /dev/null
-    code=$?
-    printf '\n@@ = %s\n' "$code"
-    return "$code"
-}
-command -v sbatch > /dev/null || exit 0
-section version sbatch --version
-section config scontrol show config || exit 0
-section partitions scontrol --oneliner show partition
-section nodes sinfo --noheader --exact --format="$1"
-section accounts sacctmgr --noheader --parsable2 show assoc where "user=$(id -un)" "format=$2"
-section qos sacctmgr --noheader --parsable2 show qos "format=$3"
-printf '@@ facts\n'
-srun --help 2> /dev/null | grep -q -e --container-image && echo 'tool pyxis'
-for tool in apptainer singularity enroot ch-run podman; do
-    path=$(command -v "$tool") && echo "tool $tool $path"
-done
-echo "user $(id -un)"
-[ -z "${LMOD_VERSION:-}" ] || echo "modules Lmod $LMOD_VERSION"
-[ -n "${LMOD_VERSION:-}" ] || [ -z "${MODULESHOME:-}" ] || echo "modules Environment Modules"
-for folder in "${WORK:-}" "${SCRATCH:-}" "$HOME"; do
-    case $folder in /*) [ -w "$folder" ] && echo "folder $folder" ;; esac
-done
-python=$(python3 --version 2> /dev/null) && echo "python ${python#Python }"
-printf '@@ = 0\n'
-"""
-
-_NODE = r"""
-export LC_ALL=C
-echo "node $(hostname)"
-echo "shm $(df -PB1 /dev/shm | awk 'NR == 2 {print $2}')"
-echo "tmp $(df -PB1 "${TMPDIR:-/tmp}" | awk 'NR == 2 {print $4}')"
-python=$(python3 --version 2> /dev/null) && echo "python ${python#Python }"
-driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1) && echo "driver $driver"
-timeout 15 bash -c '< "/dev/tcp/$1/$2"' bash "$1" "$2" 2> /dev/null && echo "network yes"
-[ -z "${HTTPS_PROXY:-${https_proxy:-}}" ] || echo "proxy yes"
-root=$3
-[ -e "$root" ] || root=${root%/*}
-tried=$(mktemp -d -- "$root/.cvlaunch.XXXXXX" 2> /dev/null) && rmdir -- "$tried" && echo "root yes"
-exit 0
-"""
-
-_RUN_NODE = r"""
-export LC_ALL=C
-script=$1 host=$2 port=$3 root=$4
-shift 4
-exec srun "$@" bash -c "$script" bash "$host" "$port" "$root" < /dev/null
-"""
 
 
 @dataclass(frozen=True)
@@ -246,7 +194,9 @@ class Cluster:
 
 def probe(host: Host, *, timeout_s: float = 300) -> Cluster:
     """In one visit. UnsupportedError if there is no SLURM, UnreachableError if it doesn't answer."""
-    done = host.run(_LOOK, _NODE_FIELDS, ",".join(_ACCOUNT_FIELDS), ",".join(_QOS_FIELDS), timeout_s=timeout_s)
+    done = host.run(
+        _script("probe"), _NODE_FIELDS, ",".join(_ACCOUNT_FIELDS), ",".join(_QOS_FIELDS), timeout_s=timeout_s
+    )
     sections = dict(_sections(done.out.decode(errors="replace")))
     if "version" not in sections:
         raise UnsupportedError(
@@ -301,7 +251,7 @@ def probe_node(
     words = ["--job-name=cvlaunch-probe", f"--immediate={wait_s}", "--time=2", "--nodes=1", "--ntasks=1", "--quiet"]
     words += [f"--partition={chosen.name}", *([f"--account={account}"] if account else [])]
     words += ["--gres=gpu:1"] if chosen.gpus else []
-    done = host.run(_RUN_NODE, _NODE, name, port, root, *words, timeout_s=wait_s + 180)
+    done = host.run(_script("probe_srun"), _script("probe_node"), name, port, root, *words, timeout_s=wait_s + 180)
     lines = done.out.decode(errors="replace").splitlines()
     if done.code or not _fact(lines, "node"):
         raise _no_node(done.err, host, chosen, wait_s)
@@ -405,6 +355,10 @@ def _model(kind: str) -> str | None:
 
 
 # ---- reading
+
+
+def _script(name: str) -> str:
+    return (_SCRIPTS / f"{name}.sh").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Getting cvlaunch onto a cluster: our package, a Python environment, images, all below the target's `root`.
 
-Bash on a login node does it, and expects GNU's tools there and nothing else: no Python, no unzip. What is made appears
-whole: folders and images by rename, an environment, which can't be moved, by a mark that is written last. Locks are the
-kernel's (flock): they end with whoever held them. On a file system that has none
-(some mounts of Lustre) two setups at once get in each other's way.
+Bash on a login node does it (`scripts/`), and expects GNU's tools there and nothing else: no Python, no unzip. What is
+made appears whole: folders and images by rename, an environment, which can't be moved, by a mark that is written last.
+Locks are the kernel's (flock): they end with whoever held them. On a file system that has none (some mounts of Lustre)
+two setups at once get in each other's way.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ from launcher.remote import Done, Host
 from launcher.slurm import places
 
 __all__ = ["PULLS", "Pull", "SetUp", "bring_image", "set_up"]
+
+_SCRIPTS = Path(__file__).parent / "scripts"
+_THERE = "cvlaunch: there"
+"""What a script prints that had nothing to do."""
 
 _PACKAGES = ("torch", "torchvision", "timm", "ultralytics")
 """What the trainer imports; jobs with a command of their own need none of it."""
@@ -163,123 +167,6 @@ _PULLING: Mapping[str, tuple[type[CvlaunchError], str]] = {
     ),
 }
 
-# ---- what runs there; messages of GNU's tools in English, progress line by line
-
-_THERE = "cvlaunch: there"
-"""What a script prints that had nothing to do."""
-
-_LOCK = r"""
-export LC_ALL=C
-lock() {
-    exec 9>> "$1" || return
-    flock --nonblock --conflict-exit-code 75 9 2> /dev/null && return
-    [ $? = 75 ] || return 0
-    echo "somebody else is at work on ${1%.lock}: waiting for the end of it" >&2
-    flock 9
-}
-"""
-"""Programs started below hold the lock, too: a script that was killed leaves no half-dead uv behind its back."""
-
-_PREPARE = r"""
-export LC_ALL=C
-root=$1 whole=$2 link=$3
-mkdir -p -- "$root" "$root/runs" "$root/jobs" "$root/images" || exit
-tried=$(mktemp -- "$root/.tried.XXXXXX") || exit
-printf '%65536s' x > "$tried"
-code=$?
-rm -f -- "$tried"
-[ "$code" = 0 ] || exit "$code"
-uv=$(command -v uv) || uv=$root/bin/uv
-[ -x "$uv" ] || uv=
-printf 'system %s\nmachine %s\n' "$(uname -s)" "$(uname -m)"
-printf 'files %s\n' "$(find "$whole" -type f ! -name '*.pyc' 2> /dev/null | wc -l)"
-printf 'link %s\nuv %s\n' "$(readlink -- "$link")" "$uv"
-"""
-
-_LIBRARY = (
-    _LOCK
-    + r"""
-set -eu
-root=$1 name=$2 hash=$3 files=$4
-whole=$root/$name-$hash
-lock "$root/.$name.lock"
-part=$(mktemp -d -- "$root/.$name.XXXXXX")
-trap 'rm -rf -- "$part"' EXIT
-mkdir -- "$part/new"
-tar --extract --gzip --no-same-owner --directory "$part/new"
-if [ "$(find "$whole" -type f ! -name '*.pyc' 2> /dev/null | wc -l)" != "$files" ]; then
-    if [ -e "$whole" ]; then mv -T -- "$whole" "$part/old"; fi
-    mv -T -- "$part/new" "$whole"
-fi
-ln -s -- "$name-$hash" "$part/link"
-mv -T -- "$part/link" "$root/$name"
-"""
-)
-
-_POINT = r"""
-set -eu
-export LC_ALL=C
-part=$(mktemp -d -- "$1/.link.XXXXXX")
-trap 'rm -rf -- "$part"' EXIT
-ln -s -- "$2-$3" "$part/link"
-mv -T -- "$part/link" "$1/$2"
-"""
-
-_SEND_UV = r"""
-set -eu
-export LC_ALL=C
-mkdir -p -- "$1/bin"
-part=$(mktemp -d -- "$1/bin/.uv.XXXXXX")
-trap 'rm -rf -- "$part"' EXIT
-gzip --decompress > "$part/uv"
-chmod 755 -- "$part/uv"
-"$part/uv" --version > /dev/null
-mv -T -- "$part/uv" "$1/bin/uv"
-"""
-
-_PIP_UV = r"""
-set -eu
-export LC_ALL=C
-mkdir -p -- "$1/bin"
-part=$(mktemp -d -- "$1/bin/.uv.XXXXXX")
-trap 'rm -rf -- "$part"' EXIT
-cat > "$part/lock"
-python3 -m pip install --quiet --no-cache-dir --no-deps --require-hashes --target "$part/made" -r "$part/lock" >&2
-"$part/made/bin/uv" --version > /dev/null
-mv -T -- "$part/made/bin/uv" "$1/bin/uv"
-"""
-
-_ENVIRONMENT = (
-    _LOCK
-    + r"""
-root=$1 env=$2 uv=$3
-shift 3
-lock "$env.lock" || exit
-if [ -e "$env/complete" ] && "$env/bin/python" -c ''; then
-    echo 'cvlaunch: there'
-    exit
-fi
-export UV_CACHE_DIR="${UV_CACHE_DIR:-$root/.cache/uv}" UV_PYTHON_INSTALL_DIR="${UV_PYTHON_INSTALL_DIR:-$root/python}"
-export UV_NO_PROGRESS=1 UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-120}"
-rm -rf -- "$env" || exit
-cd -- "$root" || exit
-for python; do
-    "$uv" venv --quiet --no-project --python "$python" -- "$env" < /dev/null && break
-done
-[ -x "$env/bin/python" ] || exit 1
-lock=$env/requirements.lock
-cat > "$lock" || exit
-"$uv" pip sync --require-hashes --compile-bytecode --python "$env/bin/python" "$lock" < /dev/null || exit
-date > "$env/complete"
-"""
-)
-
-_PYTHON = r"""
-export LC_ALL=C PYTHONPATH=$2 PYTHONNOUSERSITE=1
-unset PYTHONHOME
-cd -- "$3" && exec "$1" -c "$4"
-"""
-
 _LOOK = f"""\
 import sys
 print("version %d.%d.%d" % sys.version_info[:3])
@@ -292,31 +179,6 @@ print("home " + os.path.realpath(sys.executable))
 print("missing " + " ".join(name for name in {_PACKAGES!r} if importlib.util.find_spec(name) is None))
 """
 """Python 2 must be able to read it, to say that it is too old."""
-
-_PULL = (
-    _LOCK
-    + r"""
-root=$1 file=$2 reference=$3 tool=$4 ending=$5
-lock "$file.lock" || exit
-if [ -e "$file" ]; then
-    echo 'cvlaunch: there'
-    exit
-fi
-command -v "$tool" > /dev/null || exit 127
-cache=$root/.cache
-mkdir -p -- "$cache" || exit
-part=$root/images/.part-${file##*/}
-rm -rf -- "$part" && mkdir -- "$part" || exit
-trap 'chmod -R u+w -- "$part"; rm -rf -- "$part"' EXIT
-made=$part/made$ending
-pull() {
-:
-PULL
-}
-pull < /dev/null || exit
-mv -T -- "$made" "$file"
-"""
-)
 
 
 @dataclass(frozen=True)
@@ -404,7 +266,7 @@ def set_up(
 def _prepare(host: Host, root: str, library: _Library) -> _There:
     if not root.startswith("/"):
         raise SpecError(f"{root!r} is no absolute path of the cluster", key="root")
-    done = host.run(_PREPARE, root, f"{root}/{library.folder}", places.library(root))
+    done = host.run(_script("setup_prepare"), root, f"{root}/{library.folder}", places.library(root))
     _check(done, host, root, _DISK)
     facts = _facts(done)
     return _There(facts["system"], facts["machine"], facts["uv"], int(facts["files"]), facts["link"])
@@ -435,10 +297,10 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
 def _bring_library(host: Host, root: str, library: _Library, *, there: _There) -> Sequence[str]:
     if there.files != library.files:
         words = (root, library.name, library.hash, str(library.files))
-        _check(host.run(_LIBRARY, *words, stdin=library.archive), host, root, _DISK)
+        _check(host.run(_script("lock", "setup_library"), *words, stdin=library.archive), host, root, _DISK)
         return [f"sent cvlaunch {__version__} ({format_size(len(library.archive))}) to {root}/{library.folder}"]
     if there.link != library.folder:
-        _check(host.run(_POINT, root, library.name, library.hash), host, root, _DISK)
+        _check(host.run(_script("setup_link"), root, library.name, library.hash), host, root, _DISK)
         return [f"{root}/{library.name} is {library.folder} again"]
     return []
 
@@ -459,7 +321,7 @@ def _make_environment(
     uv = there.uv or _bring_uv(host, root, there, say=say)
     lock = requirements.read_bytes() if requirements else _own_lock("torch", "packages")
     pythons = _OWN_PYTHONS if requirements else _PYTHONS
-    done, made = _stream(host, _ENVIRONMENT, root, env, uv, *pythons, stdin=lock, say=say)
+    done, made = _stream(host, _script("lock", "setup_environment"), root, env, uv, *pythons, stdin=lock, say=say)
     _check(done, host, env, _INSTALLING)
     return made
 
@@ -477,10 +339,10 @@ def _bring_uv(host: Host, root: str, there: _There, *, say: Callable[[str], None
     if own is not None:
         packed = gzip.compress(own.read_bytes(), compresslevel=4, mtime=0)
         say(f"sending uv ({format_size(len(packed))})")
-        if host.run(_SEND_UV, root, stdin=packed).code == 0:
+        if host.run(_script("setup_uv_sent"), root, stdin=packed).code == 0:
             return f"{root}/bin/uv"
     say("fetching uv with pip")
-    done = host.run(_PIP_UV, root, stdin=_own_lock("tools"))
+    done = host.run(_script("setup_uv_pip"), root, stdin=_own_lock("tools"))
     if done.code:
         raise UnsupportedError(
             f"{host.name} has no uv, and none could be brought ({_last(done.err)}): put one at {root}/bin/uv, or set "
@@ -500,7 +362,7 @@ def _own_uv(there: _There) -> Path | None:
 
 def _check_python(host: Host, root: str, python: str, setup: Sequence[str]) -> _Python:
     """SpecError if it doesn't start, is too old or imports another cvlaunch."""
-    script = "\n".join([*_before(setup), _PYTHON])
+    script = "\n".join([*_before(setup), _script("setup_python")])
     done = host.run(script, python, places.library(root), root, _LOOK)
     facts = _facts(done)
     thing = f"{python} on {host.name}"
@@ -546,8 +408,10 @@ def bring_image(
     pull = PULLS[way]
     fields["registry"] = pull.hub if registry == _HUB else registry
     file = places.image(root, reference, digest=digest, ending=pull.ending)
-    script = "\n".join([*_before(setup), _PULL.replace("PULL", pull.script)])
-    done, _ = _stream(host, script, root, file, pull.wants.format_map(fields), pull.tool, pull.ending, say=say)
+    script = "\n".join([*_before(setup), _script("lock", "setup_image")])
+    done, _ = _stream(
+        host, script, root, file, pull.wants.format_map(fields), pull.tool, pull.ending, pull.script, say=say
+    )
     if done.code == 127 and not done.err.strip():
         raise UnsupportedError(
             f"{host.name} has no {pull.tool}: write the `module load` that brings it into the target's `setup`, or "
@@ -573,7 +437,11 @@ def _parts(reference: str) -> tuple[str, str, str]:
     return first, rest, digest or tag or "latest"
 
 
-# ---- what a script said
+# ---- scripts, and what they said
+
+
+def _script(*names: str) -> str:
+    return "".join((_SCRIPTS / f"{name}.sh").read_text(encoding="utf-8") for name in names)
 
 
 def _before(setup: Sequence[str]) -> Iterator[str]:

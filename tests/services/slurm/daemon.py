@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +11,14 @@ from pathlib import Path
 
 __all__ = ["Daemon", "start_daemon"]
 
-# The first process of the PID namespace: the kernel kills all others when it ends. It ends with the daemon, or when
-# nobody holds the other end of its stdin any more: also if pytest was killed. Bash starts what is in the background
-# with SIGINT ignored, which the jobs of a slurmd would inherit.
+# The first process of the PID namespace: the kernel kills all others when it ends. It ends with the daemon, at a line
+# on its stdin, or when nobody holds the other end of that any more: also if pytest was killed.
+# Bash starts what is in the background with SIGINT ignored, which the jobs of a slurmd would inherit.
 _FIRST_PROCESS = """\
 exec 3<&0
 {prepare}
 env --default-signal "$@" 3<&- </dev/null &
-cat <&3 >/dev/null &
+read -r _ <&3 &
 wait -n
 """
 
@@ -48,7 +49,9 @@ class Daemon:
 
     def kill(self) -> None:
         """As if the power were cut. Returns when all of its processes are gone; they may be already."""
-        if self.process.stdin:
+        if self.process.stdin and not self.process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(b"\n")
             self.process.stdin.close()
         self.process.wait(30)
 
@@ -70,6 +73,7 @@ def start_daemon(
         process = subprocess.Popen(
             [*namespaces, "bash", "-ec", script, name, *command],
             stdin=subprocess.PIPE,
+            bufsize=0,
             stdout=out,
             stderr=out,
             env=environment,

@@ -13,12 +13,19 @@ from launcher.testing import World
 from launcher.testing.conformance import *  # noqa: F403 the suite is its functions
 from tests.worlds.container import ContainerWorld
 from tests.worlds.local import LocalWorld
+from tests.worlds.slurm import SlurmWorld
+
+
+def _slurm(request: pytest.FixtureRequest) -> Callable[[Path], World]:
+    return functools.partial(SlurmWorld, cluster=request.getfixturevalue("slurm_session"))
+
 
 WORLDS: dict[str, Callable[[pytest.FixtureRequest], Callable[[Path], World]]] = {
     "container": lambda request: functools.partial(ContainerWorld, image=request.getfixturevalue("trainer_image")),
     "local": lambda request: LocalWorld,
+    "slurm": _slurm,
 }
-NEEDS = {"container": ["podman", "debootstrap"]}
+NEEDS = {"container": ["podman", "debootstrap"], "slurm": ["slurm"]}
 
 
 def test_every_backend_has_a_world() -> None:
@@ -34,5 +41,8 @@ def make_world(request: pytest.FixtureRequest) -> Callable[[Path], World]:
 
 
 @pytest.fixture
-def world(make_world: Callable[[Path], World], tmp_path: Path) -> World:
-    return make_world(tmp_path / "world")
+def world(make_world: Callable[[Path], World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = make_world(tmp_path / "world")
+    for name, value in getattr(made, "environment", {}).items():
+        monkeypatch.setenv(name, value)
+    return made

@@ -47,7 +47,7 @@ from launcher.slurm.words import ENDED, STATES, STUCK, reason_words, state_word
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, path_of, scheme
 
-__all__ = ["SlurmBackend", "SlurmTarget"]
+__all__ = ["SlurmBackend", "SlurmTarget", "inline_job"]
 
 _IN_PLACE = dict.fromkeys(OUTPUT_FOLDERS, "in_place")
 _UPLOADED = dict.fromkeys(OUTPUT_FOLDERS, "runner")
@@ -481,7 +481,7 @@ class SlurmBackend:
                 script = self._record(run_id).read("job.sh").decode()
             except FileNotFoundError:
                 return None
-            self._jobs[run_id] = _inline_job(script)
+            self._jobs[run_id] = inline_job(script)
         return self._jobs[run_id]
 
     def _record(self, run_id: str) -> Store:
@@ -641,7 +641,7 @@ def _array_header(header: str, name: str, *, folder: str, jobs: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _inline_job(script: str) -> JobFile:
+def inline_job(script: str) -> JobFile:
     """job.json of a script that our template made."""
     match = re.search(r"<<'CVLAUNCH_JOB'\n(.*)\nCVLAUNCH_JOB\n", script)
     if match is None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from launcher.errors import SpecError
 from launcher.process import descendants, exit_code, processes, signal_group
@@ -105,15 +105,16 @@ def _start(command: Command) -> tuple[subprocess.Popen[bytes], int]:
     """The process and the reading end of its output."""
     reading, writing = os.pipe()
     try:
-        process = subprocess.Popen(
-            command.argv,
-            env=dict(command.env),
-            cwd=command.cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with _deaf_to_warnings(command):
+            process = subprocess.Popen(
+                command.argv,
+                env=dict(command.env),
+                cwd=command.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
     except (OSError, ValueError) as error:
         os.close(reading)
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -121,3 +122,17 @@ def _start(command: Command) -> tuple[subprocess.Popen[bytes], int]:
     finally:
         os.close(writing)
     return process, reading
+
+
+@contextlib.contextmanager
+def _deaf_to_warnings(command: Command) -> Iterator[None]:
+    """Some SLURM sites (proctrack/linuxproc, pgid) give USR1, which warns the runner, to all that it has started, and
+    it kills whatever does not expect it. A mask is inherited."""
+    if "SLURM_STEP_ID" not in command.env:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,5 +10,5 @@ front=("${front[@]//@root@/$root}")
 front=("${front[@]//@scratch@/$scratch}")
 text=$1
 shift
-exec srun ${pty:+"$pty"} --jobid="$job" --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --quiet --export=ALL \
+exec srun ${pty:+"$pty"} --jobid="$job" --overlap --nodes=1 --ntasks=1 --mpi=none --quiet --export=ALL \
     "${front[@]}" -c "$text" "$run" "$seen" "$@"

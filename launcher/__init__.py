@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from launcher.metrics import Metrics
-    from launcher.run import Run, render, runs, submit
+    from launcher.run import Run, attach, render, runs, submit
     from launcher.spec import JobSpec
     from launcher.status import State, Status
 
@@ -47,6 +47,7 @@ __all__ = [
     "UnreachableError",
     "UnsupportedError",
     "__version__",
+    "attach",
     "render",
     "runs",
     "submit",
@@ -58,6 +59,7 @@ _HOMES = {
     "Run": "run",
     "State": "status",
     "Status": "status",
+    "attach": "run",
     "render": "run",
     "runs": "run",
     "submit": "run",

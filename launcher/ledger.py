@@ -190,7 +190,7 @@ class Ledger:
 
     def _by_handle(self, handle: Handle) -> RunRecord:
         for record in self.all():
-            if record.handle == str(handle):
+            if record.handle in (str(handle), f"{handle}.{record.run_id}"):  # SLURM's id alone says enough
                 return record
         raise SpecError(f"no run has the handle {handle}; list them with: cvlaunch runs")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import contract
+from launcher.adopt import adopt
 from launcher.backends.base import Backend, Feature, Handle, LogLine, Plan, features_missing
 from launcher.compare import Comparison, Surroundings, compare
 from launcher.errors import CvlaunchError, JobFailedError, SpecError, UnreachableError, UnsupportedError
@@ -29,9 +30,10 @@ from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
 from launcher.submission import backend_of, prepare, reconcile, resend, send, store_of
 from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
+from launcher.targets import load_targets
 from launcher.watch import UNSEEN_LIMIT_S, intervals, watch
 
-__all__ = ["Run", "refresh", "render", "runs", "submit"]
+__all__ = ["Run", "attach", "refresh", "render", "runs", "submit"]
 
 
 def submit(
@@ -74,6 +76,15 @@ def render(
     """What `submit` would send, without sending it. online: also read what is not on this machine."""
     with prepare(job, backend=backend, target=target, settings=settings, folder=folder, online=online) as prepared:
         return prepared.plan()
+
+
+def attach(name: str, *, target: str | None = None, backend: str | None = None, ledger: Ledger | None = None) -> Run:
+    """A run that somebody else has sent: a rendered script by hand, a colleague's.
+
+    name: its run id, or the platform's own id of the job. SpecError if there is none.
+    """
+    ledger = ledger or Ledger()
+    return Run(adopt(name, load_targets(Path.cwd()).select(target=target, backend=backend), ledger=ledger), ledger)
 
 
 def runs(*, ledger: Ledger | None = None) -> list[Run]:

@@ -28,7 +28,7 @@ ROWS = [
     "targets",
     "resolve",
     "compare submission",
-    "rehearse rerun",
+    "adopt rehearse rerun",
     "run",
     "testing cli launcher",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ from launcher.stores import StorageOptions, Store
 
 __all__ = [
     "IGNORABLE",
+    "Adopted",
+    "Adopts",
     "Backend",
     "BaseTarget",
     "Feature",
@@ -251,6 +253,24 @@ class LogLine:
     node: int = 0
     attempt: int = 1
     cursor: str = ""
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A job that somebody else has sent. text: what was sent; job: the job.json in it."""
+
+    handle: Handle
+    text: str
+    job: JobFile
+
+
+@runtime_checkable
+class Adopts(Protocol):
+    """A backend whose platform is shared by many who send jobs."""
+
+    def adopt(self, name: str) -> Adopted:
+        """name: a run id, or the platform's own. SpecError if there is no such job, or none that cvlaunch rendered."""
+        ...
 
 
 class Backend(Protocol):

@@ -24,6 +24,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from launcher import paths
 from launcher.backends.base import (
+    Adopted,
     BaseTarget,
     Feature,
     Handle,
@@ -431,6 +432,15 @@ class SlurmBackend:
         found = self._slurm.find(self._records, run_ids)
         return {run_id: self._handle(native, run_id) for run_id, native in found.items()}
 
+    def adopt(self, name: str) -> Adopted:
+        """A script that was sent by hand, or a colleague's whose record we may read."""
+        found = self._slurm.adopt(self._records, name)
+        if found is None:
+            raise SpecError(f"{self._slurm.host.name} has no job {name!r}, by SLURM's id or by run id")
+        native, script = found
+        job_file = inline_job(script)
+        return Adopted(self._handle(native, job_file.run_id), script, job_file)
+
     # -- what became of it --------------------------------------------------------------------------------------------
 
     def status(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
@@ -645,7 +655,7 @@ def inline_job(script: str) -> JobFile:
     """job.json of a script that our template made."""
     match = re.search(r"<<'CVLAUNCH_JOB'\n(.*)\nCVLAUNCH_JOB\n", script)
     if match is None:
-        raise SpecError("the script holds no job of cvlaunch; the target's own template left CVLAUNCH_JOB out")
+        raise SpecError("its script holds no job of cvlaunch (CVLAUNCH_JOB)")
     return JobFile.from_bytes(match[1].encode())
 
 

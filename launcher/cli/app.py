@@ -27,6 +27,7 @@ SECTIONS = {
     },
     "Run it": {
         "submit": ("submitting:submit", "Send a job; print its handle."),
+        "attach": ("attaching:attach", "Take in a run that somebody else has sent."),
         "rerun": ("submitting:rerun", "Send the job of an earlier run afresh."),
         "watch": ("following:watch", "Follow a run to its end and bring its results."),
         "wait": ("following:wait", "Wait until runs have ended."),

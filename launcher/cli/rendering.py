@@ -27,6 +27,7 @@ __all__ = ["render"]
 @click.option(
     "--out", "to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the text there."
 )
+@click.option("--run-id", metavar="ID", help="Another than render-0000000000, to send the text by hand.")
 @json_option
 def render(
     *,
@@ -38,6 +39,7 @@ def render(
     check: bool,
     explain: bool,
     to: Path | None,
+    run_id: str | None,
     out: Out,
 ) -> int:
     """Show what would be sent, without sending it.
@@ -45,17 +47,21 @@ def render(
     Byte for byte what `submit` sends, but for the run id. Without --resolve nothing outside this machine is asked;
     what can't be known stays as written and is listed on stderr.
     """
+    from launcher.ledger import valid_run_id
     from launcher.submission import prepare
 
+    chosen = {"run_id": valid_run_id(run_id)} if run_id else {}
     online = resolve or check
     with prepare(job, backend=backend, target=target, settings=settings, online=online) as prepared:
-        plan = prepared.plan()
+        plan = prepared.plan(**chosen)
         problems = list(prepared.backend.check(prepared.job)) if check else []
         if to is not None:
             to.write_bytes(plan.text.encode())
         _print(prepared, plan, problems, explain=explain, written=to is not None, out=out)
     for warning in plan.warnings:
         out.warn(warning)
+    for path in plan.files:
+        out.note(f"{path} has to be in {plan.outputs[0].uri} first, if this is sent by hand")
     for problem in problems:
         click.echo(f"{'refused' if problem.fatal else 'warning'}: {problem}", err=True)
     if check and not problems:

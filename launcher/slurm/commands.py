@@ -178,6 +178,13 @@ class Slurm:
         pairs = (line.partition(" ")[::2] for line in done.out.decode().splitlines())
         return dict(pairs)
 
+    def adopt(self, jobs: str, name: str) -> tuple[str, str] | None:
+        """Id and script of a job by its run id or SLURM's id; None if there is none."""
+        done = self._run("adopt", jobs, name)
+        self._require_slurm(done)
+        native, _, script = done.out.decode("utf-8", "replace").partition("\n")
+        return (native, script) if done.code == 0 else None
+
     def cancel(self, record: str, native: str) -> None:
         done = self._run("cancel", record, native)
         if done.code and "already" not in done.err.lower() and "invalid job id" not in done.err.lower():

@@ -1,0 +1,114 @@
+"""Runs that somebody else has sent: a script by hand, a manifest by another tool, a colleague's."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.backends.base import Adopts, Output
+from launcher.contract import WEIGHTS_CHANNEL, JobFile
+from launcher.digest import text_digest
+from launcher.errors import ConflictError, UnsupportedError
+from launcher.ledger import Ledger, RunRecord
+from launcher.spec import JobSpec
+from launcher.status import State
+from launcher.stores import join_uri, path_of, scheme
+from launcher.targets import Selected
+
+__all__ = ["adopt"]
+
+
+def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
+    """Enters a job that the platform knows into the ledger. name: its run id, or the platform's own id.
+
+    What was entered before is returned as it is. SpecError if there is no such job, or none that cvlaunch has rendered;
+    ConflictError if the ledger has another run of this id.
+    """
+    backend = selected.open()
+    if not isinstance(backend, Adopts):
+        raise UnsupportedError(
+            f"the {backend.name} backend has no jobs that another machine has sent; see: cvlaunch runs"
+        )
+    found = backend.adopt(name)
+    job = found.job
+    if job.run_id in ledger:
+        known = ledger.get(job.run_id)
+        if known.handle == str(found.handle):
+            return known
+        raise ConflictError(f"there is a run {job.run_id!r} already ({known.handle}); forget it with: cvlaunch rm")
+    output = _output(job.output, selected.target.reached_by)
+    record = RunRecord(
+        run_id=job.run_id,
+        name=job.name,
+        created=time.time(),
+        state=State.QUEUED,
+        backend=backend.name,
+        target_name=selected.name,
+        target=selected.target.model_dump(mode="json"),
+        output=output,
+        owner={},
+        plan={
+            "text": found.text,
+            "plan_sha": text_digest(found.text),
+            "job_digest": job.job_digest,
+            "files": [],
+            "outputs": [dataclasses.asdict(Output(join_uri(output, job.run_id)))],
+            "unpinned": [f"data.{channel.name}: no manifest" for channel in job.channels if not channel.fingerprint],
+            "warnings": [],
+        },
+        job={
+            "spec": _spec(job).model_dump(mode="json"),
+            "folder": str(Path.cwd()),
+            "job_file": job.to_json(),
+            "image": job.image,
+        },
+        handle=str(found.handle),
+        tags=job.tags,
+    )
+    ledger.create(record)
+    return record
+
+
+def _output(written: str, reached_by: str | None) -> str:
+    """As this machine reaches it: the job may have been rendered on the cluster, or behind another name of it."""
+    if scheme(written) == "file":
+        return f"{reached_by}{path_of(written)}" if reached_by else written
+    if scheme(written) == "ssh":
+        path = "/" + written.split("://", 1)[1].partition("/")[2]
+        return f"{reached_by}{path}" if reached_by else f"file://{path}"
+    return written
+
+
+def _spec(job: JobFile) -> JobSpec:
+    """The job as one would write it for this target, so that it can be sent again."""
+    resources: dict[str, Any] = {
+        "nodes": job.nodes,
+        "gpus": job.gpus,
+        "processes": job.processes,
+        "timeout": job.timeout_s,
+        "grace": job.grace_s,
+    }
+    data = {channel.name: _place(channel.uri) for channel in job.channels}
+    train = {**job.train, "init": data.pop(WEIGHTS_CHANNEL, None)} if job.train else None
+    return JobSpec.model_validate(
+        {
+            "name": job.name,
+            "image": (job.image or {}).get("reference"),
+            "command": list(job.command) if job.command else None,
+            "train": train,
+            "env": dict(job.env),
+            "secrets": dict(job.secrets),
+            "code": {"root": ".", "requirements": job.code.requirements} if job.code else None,
+            "data": data,
+            "resources": {key: value for key, value in resources.items() if value is not None},
+            "retries": job.retries,
+            "max_attempts": job.max_attempts,
+            "tags": dict(job.tags),
+        }
+    )
+
+
+def _place(uri: str) -> str:
+    return f"target:{path_of(uri)}" if scheme(uri) == "file" else uri

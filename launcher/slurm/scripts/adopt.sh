@@ -1,5 +1,5 @@
 # A job that somebody has sent: $1 folder of all records, $2 its run id or SLURM's id. Prints its id, then its script.
-name=$2
+name=$2 id='' script=''
 case $name in
     [0-9]*) # no run id begins with a digit
         id=$name
@@ -22,5 +22,6 @@ if [ -e "$script" ]; then
 fi
 copy=$(mktemp) && rm -f -- "$copy" || exit
 scontrol write batch_script "$id" "$copy" > /dev/null || exit 44
+[ -s "$copy" ] || exit 44
 cat -- "$copy"
 rm -f -- "$copy"

@@ -60,12 +60,16 @@ _REASONS = {
     "AssociationJobLimit": "the account's limit of jobs is reached",
     "AssociationResourceLimit": "a limit of the account is reached",
     "AssociationTimeLimit": "the account's time limit is reached",
+    "AccountingPolicy": "a limit of the account or the QOS is reached",
     "BeginTime": "waiting for its earliest start",
     "BurstBufferOperation": "a burst buffer operation failed",
     "BurstBufferResources": "waiting for a burst buffer",
+    "BurstBufferStageIn": "its data are being brought into a burst buffer",
     "Cleaning": "its last start is being cleaned up",
     "Dependency": "waiting for another job",
+    "DeadLine": "its deadline has passed",
     "FedJobLock": "waiting for the clusters of the federation to agree",
+    "FrontEndDown": "no front end node is available",
     "InactiveLimit": "the limit of inactivity was reached",
     "JobArrayTaskLimit": "waiting for other jobs of its array: so many run at a time",
     "JobHeldAdmin": "held by an administrator",
@@ -75,8 +79,12 @@ _REASONS = {
     "Licenses": "waiting for a license",
     "NodeDown": "a node that it needs is down",
     "None": "waiting for the scheduler to look at it",
+    "NonZeroExitCode": "its last start failed",
+    "PartitionConfig": "the partition can't start it: its nodes, time or memory are beyond what it gives now",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition starts no jobs now",
+    "PowerNotAvail": "waiting for power: the cluster has reached its cap",
+    "PowerReserved": "waiting for power, which is reserved for others",
     "Priority": "waiting for priority: other jobs come first",
     "Prolog": "its prolog is running",
     "QOSJobLimit": "the QOS's limit of jobs is reached",
@@ -88,6 +96,8 @@ _REASONS = {
     "Resources": "waiting for resources",
     "SchedDefer": "the scheduler looks at it later",
     "SystemFailure": "SLURM itself failed, or a file system or network",
+    "TimeLimit": "its last start used up its time",
+    "WaitingForScheduling": "waiting for the scheduler to look at it",
 }
 
 STUCK = {
@@ -95,6 +105,7 @@ STUCK = {
     "DependencyNeverSatisfied": "what it depends on has failed",
     "InvalidAccount": "the account is not valid any more",
     "InvalidQOS": "the QOS is not valid any more",
+    "MaxMemPerLimit": "it asks for more memory than the partition gives to a node or a CPU",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives to one job",
     "PartitionTimeLimit": "it asks for more time than the partition gives",
     "QOSNotAllowed": "the partition doesn't take this QOS",
@@ -104,42 +115,28 @@ STUCK = {
 }
 """Reasons that never clear by themselves."""
 
-_LIMIT = re.compile(r"^(Assoc|QOS)(Grp|Max)(.*?)(PerAccount|PerUser|PerAcct|PerJob|PerNode|PU|PA)?(Limit)?$")
-_WHOSE = {"Assoc": "account", "QOS": "QOS"}
-_EACH = {
-    "PerAccount": " for one account",
-    "PerAcct": " for one account",
-    "PA": " for one account",
-    "PerUser": " for one user",
-    "PU": " for one user",
-    "PerJob": " for one job",
-    "PerNode": " for one node",
-}
+_LIMIT = re.compile(
+    r"(Assoc|QOS)?(Grp|Max|Min)(.+?)(RunMinutes|Minutes)?(?:(PerJob|PerNode)|(PerAccount|PerAcct|PA)|(PerUser|PU))?"
+    r"(?:Limit|NotSatisfied)?"
+)
 _WHAT = {
-    "Billing": "billing",
     "BB": "burst buffer",
+    "Billing": "billing",
     "Cpu": "CPUs",
     "CPU": "CPUs",
-    "CPUMinutes": "CPU minutes",
-    "CpuMinutes": "CPU minutes",
-    "CPURunMinutes": "CPU minutes of running jobs",
-    "Energy": "energy",
     "GRES": "GPUs",
-    "GRESMinutes": "GPU minutes",
-    "GRESRunMinutes": "GPU minutes of running jobs",
-    "JobLimit": "jobs",
-    "Jobs": "jobs",
-    "Lic": "licenses",
     "License": "licenses",
+    "Lic": "licenses",
     "Mem": "memory",
-    "Memory": "memory",
     "Node": "nodes",
-    "NodeLimit": "nodes",
     "Submit": "submitted jobs",
+    "SubmitJob": "submitted jobs",
     "SubmitJobs": "submitted jobs",
+    "Unknown": "resources",
     "Wall": "time",
     "WallDuration": "time",
 }
+_MINUTES = {"Minutes": " minutes", "RunMinutes": " minutes of running jobs"}
 
 
 def state_word(text: str) -> str:
@@ -158,13 +155,21 @@ def reason_words(reason: str, *, state: str = "PENDING") -> str:
         return f"will never start: {STUCK[word]} ({word})"
     if word in _REASONS:
         return _REASONS[word]
-    return _limit_words(word) or f"waiting ({reason.strip()})"
+    return _limit_words(word) or f"waiting ({reason.strip('() ')})"
 
 
 def _limit_words(word: str) -> str:
-    match = _LIMIT.match(word)
+    match = _LIMIT.fullmatch(word)
     if not match:
         return ""
-    whose, _, what, each, _ = match.groups()
-    known = _WHAT.get(what) or _WHAT.get(what.removesuffix("Limit"))
-    return f"a limit of the {_WHOSE[whose]} is reached: {known or what}{_EACH.get(each or '', '')} ({word})"
+    whose, kind, what, minutes, one, account, user = match.groups()
+    owner = "account" if whose == "Assoc" else "QOS"
+    known = _WHAT.get(what, what.lower())
+    if minutes:
+        known = known.removesuffix("s") + _MINUTES[minutes]
+    if kind == "Min":
+        return f"will never start: the {owner} wants jobs that ask for more: {known} ({word})"
+    if one:
+        return f"will never start: it asks for more {known} than the {owner} gives to one {one[3:].lower()} ({word})"
+    each = " for one account" if account else " for one user" if user else ""
+    return f"a limit of the {owner} is reached: {known}{each} ({word})"

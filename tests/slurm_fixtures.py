@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.services.slurm import SlurmCluster, slurm_cluster
+from tests.services.sshd import Sshd, sshd
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,13 @@ def slurm_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmClu
 def slurm_session_without_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster", accounting=False) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm_login(slurm_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """Lets us in as root on the login node of `slurm_session`."""
+    with sshd(tmp_path_factory.mktemp("login"), variables=slurm_session.environment) as server:
+        yield server
 
 
 @pytest.fixture

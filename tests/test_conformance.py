@@ -15,21 +15,35 @@ from tests.worlds.container import ContainerWorld
 from tests.worlds.local import LocalWorld
 from tests.worlds.slurm import SlurmWorld
 
-
-def _slurm(request: pytest.FixtureRequest) -> Callable[[Path], World]:
-    return functools.partial(SlurmWorld, cluster=request.getfixturevalue("slurm_session"))
+MakeWorld = Callable[[pytest.FixtureRequest], Callable[[Path], World]]
 
 
-WORLDS: dict[str, Callable[[pytest.FixtureRequest], Callable[[Path], World]]] = {
+def _slurm(fixture: str = "slurm_session", *, ssh: str | None = None) -> MakeWorld:
+    def make(request: pytest.FixtureRequest) -> Callable[[Path], World]:
+        server = request.getfixturevalue(ssh) if ssh else None
+        return functools.partial(SlurmWorld, cluster=request.getfixturevalue(fixture), ssh=server)
+
+    return make
+
+
+WORLDS: dict[str, MakeWorld] = {
     "container": lambda request: functools.partial(ContainerWorld, image=request.getfixturevalue("trainer_image")),
     "local": lambda request: LocalWorld,
-    "slurm": _slurm,
+    "slurm": _slurm(),
+    "slurm over ssh": _slurm(ssh="slurm_login"),
+    "slurm without accounting": _slurm("slurm_session_without_accounting"),
 }
-NEEDS = {"container": ["podman", "debootstrap"], "slurm": ["slurm"]}
+"""The first word is the backend's name."""
+NEEDS = {
+    "container": ["podman", "debootstrap"],
+    "slurm": ["slurm"],
+    "slurm over ssh": ["slurm", "sshd"],
+    "slurm without accounting": ["slurm"],
+}
 
 
 def test_every_backend_has_a_world() -> None:
-    assert names() == sorted(WORLDS)
+    assert names() == sorted({name.partition(" ")[0] for name in WORLDS})
 
 
 @pytest.fixture(

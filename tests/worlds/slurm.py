@@ -14,19 +14,24 @@ from launcher.backends.slurm import inline_job
 from launcher.slurm import places
 from launcher.testing import ContainerFacts
 from tests.services.slurm import SlurmCluster
+from tests.services.sshd import ALIAS, Sshd
 
 __all__ = ["SlurmWorld", "sbatch_options"]
 
 
 class SlurmWorld:
-    """keys: of the target, besides where it is."""
+    """ssh: the way to the cluster; then this test's processes find no SLURM without it. keys: of the target, besides
+    where it is."""
 
     backend = "slurm"
     patience = 90.0
 
-    def __init__(self, folder: Path, cluster: SlurmCluster, *, image: str | None = None, **keys: Any) -> None:
+    def __init__(
+        self, folder: Path, cluster: SlurmCluster, *, ssh: Sshd | None = None, image: str | None = None, **keys: Any
+    ) -> None:
         self._root = folder / "root"
         self._cluster = cluster
+        self._ssh = ssh
         self._image = image
         self._keys = {"partition": "low", "python": sys.executable, **keys}
         self._root.mkdir(parents=True, exist_ok=True)
@@ -35,11 +40,14 @@ class SlurmWorld:
     @property
     def environment(self) -> Mapping[str, str]:
         """What the commands of this test's processes need."""
-        return self._cluster.environment
+        if self._ssh is None:
+            return self._cluster.environment
+        return {**self._ssh.environment, "SLURM_CONF": "/nowhere/slurm.conf"}
 
     @property
     def target(self) -> Mapping[str, Any]:
-        return {"backend": "slurm", "root": str(self._root), **self._keys}
+        way = {"ssh": ALIAS} if self._ssh else {}
+        return {"backend": "slurm", "root": str(self._root), **way, **self._keys}
 
     @property
     def settings(self) -> tuple[str, ...]:

@@ -192,6 +192,7 @@ def _image(
         image=spec.image,
         folder=folder / Path(spec.build).expanduser() if spec.build else None,
         here=engine is not None,
+        files=selected.target.has_image_files,
         registry=selected.target.registry,
         engine=engine,
         profile=selected.target.storage.profile,
@@ -251,6 +252,8 @@ def _why_unpinned(spec: JobSpec, image: Image) -> str:
         return f"build: {image.reference} is not pinned; submit builds it, and: cvlaunch image build {folder}"
     if spec.image == TRAINER:
         return f"image: {image.reference} is not pinned; submit builds it, and: cvlaunch image build"
+    if image.reference.startswith("/"):
+        return f"image: nothing says what is in {image.reference}; write NAME@sha256:DIGEST"
     if image.digest:
         return f"image: {image.reference} is fixed, but the digest of its configuration is not known on this machine"
     return f"image: {image.reference} is not pinned; push it with cvlaunch image push, or write NAME@sha256:DIGEST"

@@ -95,6 +95,11 @@ class BaseTarget(Model):
         """
         return None
 
+    @property
+    def has_image_files(self) -> bool:
+        """Whether an image may also be a file or folder of the machine that runs jobs, by its absolute path."""
+        return False
+
 
 class Feature(StrEnum):
     """What a user may ask for and a backend may lack.

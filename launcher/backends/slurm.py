@@ -175,6 +175,10 @@ class SlurmTarget(BaseTarget):
         return f"ssh://{self.ssh}" if self.ssh is not None else None
 
     @property
+    def has_image_files(self) -> bool:
+        return self.way is not None
+
+    @property
     def way(self) -> Way | None:
         """How containers run; None: they don't."""
         if self.container_command is None:

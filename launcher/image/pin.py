@@ -19,6 +19,7 @@ __all__ = ["Wanted", "pin"]
 @dataclass(frozen=True)
 class Wanted:
     """image or folder: of the job file. here: the platform takes images from this machine's engine.
+    files: an absolute path is an image there, of which nothing is known here.
 
     registry: `host/repository` that the platform takes built images from. engine: its name, None for any.
     profile: AWS profile for the registry's log-in. target: for messages.
@@ -28,6 +29,7 @@ class Wanted:
     image: str | None = None
     folder: Path | None = None
     here: bool = False
+    files: bool = False
     registry: str | None = None
     engine: str | None = None
     profile: str | None = None
@@ -47,6 +49,8 @@ def pin(wanted: Wanted, *, make: Callable[[str], None] | None = None) -> Image:
         recipe = folder_recipe(wanted.folder) if wanted.folder is not None else trainer_recipe()
         return _built_here(wanted, recipe, make) if wanted.here else _built_for_registry(wanted, recipe, make)
     assert wanted.image is not None  # noqa: S101 for mypy
+    if wanted.files and wanted.image.startswith("/"):
+        return Image(wanted.image)
     return _named_here(wanted, wanted.image, make) if wanted.here else _named(wanted, wanted.image, make)
 
 

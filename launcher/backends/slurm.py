@@ -47,6 +47,7 @@ from launcher.slurm.ways import WAYS, Bind, Way, bad_words, filled
 from launcher.slurm.words import ENDED, STATES, STUCK, reason_words, state_word
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, path_of, scheme
+from launcher.stores.remote import RemoteStore
 
 __all__ = ["SlurmBackend", "SlurmTarget", "inline_job"]
 
@@ -475,7 +476,7 @@ class SlurmBackend:
         job_file = None if since.startswith(PRINTED) else self._job_file(native.run_id)
         if job_file is not None:
             uri = join_uri(job_file.output, native.run_id)
-            store = open_store(uri, self.target.storage.options)
+            store = self.store(uri) or open_store(uri, self.target.storage.options)
             for line in follow_logs(store, ended=ended if follow else None, since=since):
                 seen = True
                 yield line
@@ -499,7 +500,8 @@ class SlurmBackend:
         return self._jobs[run_id]
 
     def _record(self, run_id: str) -> Store:
-        return open_store(f"{self.target.reached_by or 'file://'}{places.record(self.target.root, run_id)}")
+        place = f"{self.target.reached_by or 'file://'}{places.record(self.target.root, run_id)}"
+        return self.store(place) or open_store(place)
 
     @property
     def _records(self) -> str:
@@ -527,7 +529,12 @@ class SlurmBackend:
         self._slurm.remove(places.record(self.target.root, _Native.of(handle).run_id))
 
     def store(self, uri: str) -> Store | None:
-        return None
+        """Folders of the cluster: by the target's own connection, and without looking for what a runner there never
+        writes, for each look is a round trip."""
+        reached_by = self.target.reached_by
+        if reached_by is None or not uri.startswith(f"{reached_by}/"):
+            return None
+        return RemoteStore(self._slurm.host, uri.removeprefix(reached_by), in_place=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from launcher.contract import SEGMENTS
 from launcher.errors import (
     AuthError,
     CapacityError,
@@ -126,11 +127,13 @@ class RemoteStore:
     """The folder `root` of a machine behind ssh, which need not exist before something is written.
 
     Symbolic links are not listed; a path that leads out of the folder through one is refused.
-    root: an absolute path.
+    root: an absolute path. in_place: of a run whose runner writes there itself, so that no file stands in segments and
+    a follower need not ask for any.
     """
 
     host: Host
     root: str
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         inside = self.root.strip("/")
@@ -148,6 +151,8 @@ class RemoteStore:
         return next((_entry(path, facts) for facts, _ in _records(done.out)), None)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        if self.in_place and prefix == SEGMENTS:
+            return
         done = self._run(_LIST, check_path(prefix) if prefix else "")
         if done.code and not _is_missing(done.err):
             raise self._error(done, prefix)
@@ -159,6 +164,8 @@ class RemoteStore:
         return self.read_range(path, 0)
 
     def read_range(self, path: str, start: int, end: int | None = None) -> bytes:
+        if self.in_place and path.startswith(f"{SEGMENTS}/"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.uri}/{path}")
         length = "" if end is None else str(max(0, end - start))
         return self._checked(self._run(_OPEN + _READ, check_path(path), str(start + 1), length), path).out
 

@@ -148,6 +148,8 @@ def check_command(words: list[str]) -> None:
             assert set(re.findall(r"\[(.*?)\]", rest[1])) <= extras()
         case "export":
             assert re.fullmatch(r"CVLAUNCH_(TARGETS|DATASETS)(__[A-Z]+)+=\S+", rest[0])
+        case "sbatch":  # as in tests/test_adopt.py
+            assert rest == ["job.sh"]
         case "cd" | "git" | "source":
             pass
         case _:

@@ -25,7 +25,10 @@ _RANK_VARIABLES = (
 )  # fmt: skip
 """Left by whatever started the runner; a training framework would take them for a process group of its own."""
 
-_RUNNER_VARIABLES = ("CVLAUNCH_SECRETS_FILE", "CVLAUNCH_NOTICE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256")
+_RUNNER_VARIABLES = (
+    "CVLAUNCH_SECRETS_FILE", "CVLAUNCH_NOTICE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256", "CVLAUNCH_SUBMISSION",
+    "CVLAUNCH_INTERFACE",
+)  # fmt: skip
 
 _CACHES = {
     "TORCH_HOME": ".cache/torch",

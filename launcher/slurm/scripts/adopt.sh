@@ -1,5 +1,6 @@
 # A job that somebody has sent: $1 folder of all records, $2 its run id or SLURM's id. Prints its id, then its script.
 name=$2 id='' script=''
+case $name in */* | .*) exit 44 ;; esac
 case $name in
     [0-9]*) # no run id begins with a digit
         id=$name

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -322,15 +322,14 @@ class SlurmBackend:
         reference, way = str(image.get("reference")), self.target.way
         if reference.startswith("/") or way is None or not way.pull:
             return reference
-        digest = image.get("digest") or image.get("config_digest")
-        return places.image(self.target.root, reference, digest=digest, ending=way.ending)
+        return places.image(self.target.root, reference, digest=image.get("digest"), ending=way.ending)
 
     # -- before and at submission -------------------------------------------------------------------------------------
 
     def check(self, job: Job) -> Iterator[Problem]:
         """One look at the login node. sbatch itself says whether a partition, an account or GPUs are there."""
         target, way = self.target, self.target.way
-        image = self._image({"reference": job.image.reference, **_digests(job)}) if way and job.image else ""
+        image = self._image(asdict(job.image)) if way and job.image else ""
         folders = [str(path_of(c.uri)) for c in job.channels if c.access in ("path", "mounted")]
         found = self._slurm.look(
             target.root,
@@ -629,10 +628,6 @@ def _slurm_seconds(text: str) -> float | None:
         numbers = [0, numbers[0], 0]
     seconds = sum(number * unit for number, unit in zip(reversed(numbers), (1, 60, 3600), strict=False))
     return float(seconds + 86400 * int(days or 0))
-
-
-def _digests(job: Job) -> dict[str, str | None]:
-    return {"digest": job.image.digest, "config_digest": job.image.config_digest} if job.image else {}
 
 
 def _secret_lines(secrets: Mapping[str, str]) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from launcher.status import State
 
-__all__ = ["ENDED", "STATES", "STUCK", "reason_words", "state_word"]
+__all__ = ["ENDED", "LIMITS", "STATES", "STUCK", "reason_words", "state_word"]
 
 STATES = {
     "BOOT_FAIL": State.ERROR,
@@ -139,13 +140,21 @@ _WHAT = {
 _MINUTES = {"Minutes": " minutes", "RunMinutes": " minutes of running jobs"}
 
 
+LIMITS = ("GrpTRES", "MaxTRESPU", "MaxTRESPA", "GrpJobs", "MaxJobsPU", "MaxJobsPA")
+"""Fields of a QOS that keep jobs waiting: sacctmgr(1), SPECIFICATIONS FOR QOS."""
+_TRES = {"Cpu": "cpu", "CPU": "cpu", "GRES": "gres/gpu", "Mem": "mem", "Node": "node", "Lic": "license"}
+
+
 def state_word(text: str) -> str:
     """`CANCELLED` of `CANCELLED by 1000`, `FAILED` of sacct's cut `FAILED+`."""
     return text.partition(" ")[0].rstrip("+")
 
 
-def reason_words(reason: str, *, state: str = "PENDING") -> str:
-    """What a user wants to hear of the reason column; SLURM's own word where it is none that we know."""
+def reason_words(reason: str, *, state: str = "PENDING", limits: Mapping[str, str] = {}) -> str:
+    """What a user wants to hear of the reason column; SLURM's own word where it is none that we know.
+
+    limits: of the job's QOS, as sacctmgr(1) names them (`LIMITS`).
+    """
     if state in _RUNNING_WORDS:
         return _RUNNING_WORDS[state]
     word = reason.strip("()").partition(",")[0].strip()
@@ -155,10 +164,10 @@ def reason_words(reason: str, *, state: str = "PENDING") -> str:
         return f"will never start: {STUCK[word]} ({word})"
     if word in _REASONS:
         return _REASONS[word]
-    return _limit_words(word) or f"waiting ({reason.strip('() ')})"
+    return _limit_words(word, limits) or f"waiting ({reason.strip('() ')})"
 
 
-def _limit_words(word: str) -> str:
+def _limit_words(word: str, limits: Mapping[str, str]) -> str:
     match = _LIMIT.fullmatch(word)
     if not match:
         return ""
@@ -172,4 +181,16 @@ def _limit_words(word: str) -> str:
     if one:
         return f"will never start: it asks for more {known} than the {owner} gives to one {one[3:].lower()} ({word})"
     each = " for one account" if account else " for one user" if user else ""
-    return f"a limit of the {owner} is reached: {known}{each} ({word})"
+    most = _most(kind + ("PA" if account else "PU" if user else ""), what, limits) if owner == "QOS" else ""
+    return f"a limit of the {owner} is reached: {most}{known}{each} ({word})"
+
+
+def _most(kind: str, what: str, limits: Mapping[str, str]) -> str:
+    """`4 `, of `gres/gpu=4`; empty where it isn't told. kind: Grp, MaxPU, MaxPA."""
+    prefix, each = kind[:3], kind[3:]
+    if what == "Jobs":
+        found = limits.get(f"{prefix}Jobs{each}", "")
+    else:
+        pairs = (pair.partition("=") for pair in limits.get(f"{prefix}TRES{each}", "").split(","))
+        found = next((value for name, _, value in pairs if name == _TRES.get(what)), "")
+    return f"{found} " if found else ""

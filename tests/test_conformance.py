@@ -11,6 +11,7 @@ import pytest
 from launcher.backends import names
 from launcher.testing import World
 from launcher.testing.conformance import *  # noqa: F403 the suite is its functions
+from tests.services.charliecloud import mount_image
 from tests.worlds.container import ContainerWorld
 from tests.worlds.local import LocalWorld
 from tests.worlds.slurm import SlurmWorld
@@ -26,10 +27,21 @@ def _slurm(fixture: str = "slurm_session", *, ssh: str | None = None) -> MakeWor
     return make
 
 
+def _slurm_in_container(request: pytest.FixtureRequest) -> Callable[[Path], World]:
+    cluster, image = request.getfixturevalue("slurm_session"), request.getfixturevalue("trainer_image")
+
+    def make(folder: Path) -> World:
+        here = str(mount_image(cluster, image))
+        return SlurmWorld(folder, cluster, image=here, container_command="charliecloud")
+
+    return make
+
+
 WORLDS: dict[str, MakeWorld] = {
     "container": lambda request: functools.partial(ContainerWorld, image=request.getfixturevalue("trainer_image")),
     "local": lambda request: LocalWorld,
     "slurm": _slurm(),
+    "slurm in a container": _slurm_in_container,
     "slurm over ssh": _slurm(ssh="slurm_login"),
     "slurm without accounting": _slurm("slurm_session_without_accounting"),
 }
@@ -37,6 +49,7 @@ WORLDS: dict[str, MakeWorld] = {
 NEEDS = {
     "container": ["podman", "debootstrap"],
     "slurm": ["slurm"],
+    "slurm in a container": ["slurm", "charliecloud", "podman", "debootstrap"],
     "slurm over ssh": ["slurm", "sshd"],
     "slurm without accounting": ["slurm"],
 }

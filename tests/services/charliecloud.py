@@ -5,44 +5,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.services.podman import podman
 from tests.services.slurm import NODES, SlurmCluster
 
-__all__ = ["image_folder"]
+__all__ = ["mount_image"]
 
 
-@contextlib.contextmanager
-def image_folder(cluster: SlurmCluster, reference: str, folder: Path) -> Iterator[Path]:
-    """`folder`, which is made here and is the image on all nodes, read-only.
+def mount_image(cluster: SlurmCluster, reference: str, at: Path | None = None) -> Path:
+    """A folder that is the image on all nodes, read-only; below the cluster's own unless `at` names one.
 
-    Each node has mounts of its own, which end with it: a node that was started anew has an empty folder there.
+    Each node has mounts of its own, which end with it, whatever ends it. So this is done anew where a test may have
+    started a node again; on the others it does nothing.
     """
-    folder.mkdir(parents=True)
-    layers = ":".join([str(_environment(reference, folder.with_name(f"{folder.name}.ch"))), *_layers(reference)])
-    mounted: list[str] = []
-    try:
-        for node in NODES:
-            done = _on(cluster, node, "mount", "-t", "overlay", "-o", f"ro,lowerdir={layers}", "image", str(folder))
+    folder = at or cluster.folder / "image"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [node for node in NODES if _on(cluster, node, "mountpoint", "--quiet", folder).returncode]
+    if missing:
+        layers = ":".join([str(_variables(reference, cluster.folder / "image.ch")), *_layers(reference)])
+        for node in missing:
+            done = _on(cluster, node, "mount", "-t", "overlay", "-o", f"ro,lowerdir={layers}", "image", folder)
             assert done.returncode == 0, done.stderr
-            mounted.append(node)
-        yield folder
-    finally:
-        for node in mounted:
-            if cluster.daemons[node].running:
-                _on(cluster, node, "umount", "--lazy", str(folder))
+    return folder
 
 
-def _environment(reference: str, layer: Path) -> Path:
+def _variables(reference: str, layer: Path) -> Path:
     """A layer with the image's variables, as ch-convert writes them and `ch-run --set-env` reads them."""
-    variables: list[str] = json.loads(podman("image", "inspect", "--format={{json .Config.Env}}", reference))
-    (layer / "ch").mkdir(parents=True)
-    (layer / "ch/environment").write_text("".join(f"{variable}\n" for variable in variables))
+    found: list[str] = json.loads(podman("image", "inspect", "--format={{json .Config.Env}}", reference))
+    (layer / "ch").mkdir(parents=True, exist_ok=True)
+    (layer / "ch/environment").write_text("".join(f"{variable}\n" for variable in found))
     return layer
 
 
@@ -53,7 +47,7 @@ def _layers(reference: str) -> list[str]:
     return [driver["Data"]["UpperDir"], *driver["Data"]["LowerDir"].split(":")]
 
 
-def _on(cluster: SlurmCluster, node: str, *command: str) -> subprocess.CompletedProcess[str]:
+def _on(cluster: SlurmCluster, node: str, *command: str | Path) -> subprocess.CompletedProcess[str]:
     """In the node's namespace of mounts, which the first process of its daemon has."""
     pid = cluster.daemons[node].process.pid
     enter = ["nsenter", f"--target={pid}", "--mount", "--wd=/", "--", *command]

@@ -14,6 +14,11 @@ while read -r run id; do
     [ ! -e "$output" ] || printf 'O\t%s\t%s\n' "$id" "$(tail -c 4096 "$output" | tr '\t\r' '  ' | grep . | tail -n 1)"
     if account=$(scontrol -o show job "$id" 2>/dev/null | head -n 1) && [ -n "$account" ]; then
         printf 'C\t%s\t%s\n' "$id" "$account"
+        case $account in # it ended before its script could take its secrets
+            *" JobState=CANCELLED "* | *" JobState=DEADLINE "* | *" JobState=BOOT_FAIL "*)
+                [ "$(cat "id-$(cat submission)" 2>/dev/null)" != "$id" ] || rm -f secrets
+                ;;
+        esac
     elif [ ! -e "status-$id.json" ]; then
         missing+=",$id"
     fi

@@ -332,10 +332,16 @@ class _Resolver:
         if not self.sees_this_machine():
             raise SpecError(
                 f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
-                f"run: cvlaunch data push {shlex.quote(str(path))} {self.selected.target.output or 's3://BUCKET/PREFIX'}",
+                f"push it with --push-data, or write the place that this makes: cvlaunch data push "
+                f"{shlex.quote(str(path))} {shlex.quote(self._place_for(name))}",
                 key=self._key(name),
             )
         return self._described(name, file_uri(path), "client")
+
+    def _place_for(self, name: str) -> str:
+        """Where data of this machine could be brought for the target."""
+        base = self.output if scheme(self.output) != "file" else "s3://BUCKET/PREFIX"
+        return join_uri(base, "_data", f"{self.spec.name}-{name}")  # no run id starts with _
 
     def _described(self, name: str, uri: str, kind: str) -> Channel:
         accesses = self._accesses()

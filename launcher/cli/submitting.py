@@ -135,9 +135,12 @@ def _push(
 
     selected = load_targets(job.absolute().parent).select(target=target, backend=backend)
     if to == _AUTO:
-        if not selected.target.output or not is_uri(selected.target.output):
+        output = selected.target.output or ""
+        if selected.target.reached_by and output.startswith("/"):
+            output = f"{selected.target.reached_by}{output}"
+        if not is_uri(output):
             raise SpecError(f"target {selected.name!r} has no output in a store; write --push-data=URI")
-        to = join_uri(selected.target.output, "_data", _slug(job))  # no run id starts with _
+        to = join_uri(output, "_data", _slug(job))  # no run id starts with _
     elif not is_uri(to):
         raise SpecError(f"{to!r} is not a place in a store; it looks like s3://bucket/folder", key="--push-data")
     pushed = push_channels(job, backend=backend, target=target, settings=settings, to=to)

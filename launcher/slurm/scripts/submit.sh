@@ -18,7 +18,9 @@ fi
 mv .job.sh job.sh
 # What an earlier call has done, or was about to do when it was cut off.
 if [ ! -e "id-$submission" ] && [ -e "sending-$submission" ]; then
-    id=$(squeue --me --noheader --states=all --name "$run" --format '%i') || { rm -f .secrets; exit 46; }
+    jobs=$(squeue --me --noheader --states=all --name "$run" --format '%i %Z') || { rm -f .secrets; exit 46; }
+    # sent from here, and not from the record of a run of the same name below another root
+    id=$(while read -r known folder; do [ "$folder" != "$(pwd -P)" ] || printf '%s\n' "$known"; done <<< "$jobs")
     for known in id-*; do
         [ -e "$known" ] && id=$(printf '%s\n' "$id" | grep -vFx -- "$(cat "$known")")
     done

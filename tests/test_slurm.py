@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -240,3 +242,166 @@ def test_a_run_whose_node_fails_and_may_not_go_back_names_the_node(
     status = end_of(run, world)
     assert (status.state, status.native, status.node) == (State.ERROR, "NODE_FAIL", node)
     assert status.reason == f"its node failed: {node}"
+
+
+# -- a controller that is away ----------------------------------------------------------------------------------------
+
+UNTIL_GO = """
+    import pathlib, sys, time
+    number = 0
+    while not pathlib.Path({go!r}).exists():
+        print("line", number, flush=True)
+        number += 1
+        time.sleep(0.1)
+"""
+
+
+def forget_all_jobs(cluster: SlurmCluster, while_away: Callable[[], object] = lambda: None) -> None:
+    """As after MinJobAge, at once; and job ids begin with 1 again, as they do at MaxJobId."""
+    cluster.stop_controller()
+    while_away()
+    shutil.rmtree(cluster.folder / "state")
+    (cluster.folder / "state").mkdir()
+    cluster.start_controller()
+
+
+@pytest.fixture
+def world_without_accounting(tmp_path: Path, slurm_without_accounting: SlurmCluster) -> SlurmWorld:
+    return SlurmWorld(tmp_path / "world", slurm_without_accounting)
+
+
+def test_followed_through_a_restart_of_the_controller_no_line_is_lost(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    run = run_job(UNTIL_GO.format(go=str(tmp_path / "go")))
+    seen: list[object] = []
+    follower = threading.Thread(target=lambda: seen.extend(run.follow()))
+    follower.start()
+    until(lambda: "line 3" in text_of(run), world)
+    slurm.stop_controller()
+    slurm.start_controller()
+    (tmp_path / "go").touch()
+    follower.join(world.patience)
+    assert not follower.is_alive()
+    states = [item.state for item in seen if isinstance(item, Status)]
+    assert states[-1] is State.SUCCEEDED
+    assert set(states) <= {State.QUEUED, State.STARTING, State.RUNNING, State.FINALIZING, State.SUCCEEDED}
+    numbers = [item.text for item in seen if isinstance(item, LogLine) and item.text.startswith("line ")]
+    assert numbers == [f"line {number}" for number in range(len(numbers))]
+    assert len(numbers) > 3
+
+
+def test_a_run_that_ends_while_the_controller_is_away_has_its_end_in_its_record(
+    job: Callable[..., Path],
+    ledger: Ledger,
+    world_without_accounting: SlurmWorld,
+    slurm_without_accounting: SlurmCluster,
+    tmp_path: Path,
+) -> None:
+    """Even if the controller has forgotten it by then, and nobody keeps accounts."""
+    world, cluster = world_without_accounting, slurm_without_accounting
+    run = submit(job(UNTIL_GO.format(go=str(tmp_path / "go"))), target="world", ledger=ledger)
+    until(lambda: run.status().state is State.RUNNING and "line 3" in text_of(run), world)
+    ends: list[Status] = []
+    waiting = threading.Thread(target=lambda: ends.append(Run(run.id, ledger).wait(timeout=world.patience)))
+
+    def while_away() -> None:
+        with pytest.raises(UnreachableError, match="target world could not be asked: .*squeue failed"):
+            run.status()
+        waiting.start()
+        (tmp_path / "go").touch()
+        until(lambda: list(record(run).glob("status-*.json")), world)
+        assert Run(run.id, ledger).record.state is State.RUNNING
+
+    forget_all_jobs(cluster, while_away)
+    waiting.join(world.patience)
+    assert [(status.state, status.exit_code, status.reason) for status in ends] == [(State.SUCCEEDED, 0, "")]
+
+
+# -- the time limit, and how often it starts --------------------------------------------------------------------------
+
+
+@target(time="2m")
+def test_a_time_that_leaves_none_to_train_is_refused(run_job: StartRun, world: SlurmWorld, ledger: Ledger) -> None:
+    with pytest.raises(SpecError, match="2m leaves no time to train: the job's grace needs 2m 10s of it"):
+        run_job(SLEEP, resources={"grace": "10s"})
+    assert ledger.ids() == []
+
+
+def test_a_run_at_its_time_limit_goes_on_in_its_next_start(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any]
+) -> None:
+    run = run_job(STOPPABLE, resources={"grace": "5s"}, **secret)
+    until(lambda: "starts from None" in text_of(run), world)
+    assert secrets_left(run) == []
+    slurm.run("scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=1")  # its warning is due 65 s before that
+    status = end_of(run, world)
+    assert (status.state, status.attempt, status.exit_code) == (State.SUCCEEDED, 2, 0)
+    assert "starts from 1" in text_of(run)
+    assert secrets_left(run) == []
+
+
+def test_after_its_last_attempt_it_does_not_go_back(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any]
+) -> None:
+    run = run_job(STOPPABLE, max_attempts=1, **secret)
+    stop_early(run, world, slurm)
+    status = end_of(run, world)
+    assert (status.state, status.exit_code) == (State.FAILED, 75)
+    assert status.reason.startswith("preempted with a checkpoint, and not put back into the queue: max_attempts")
+    assert slurm.state(job_of(run)) == "FAILED"
+    assert secrets_left(run) == []
+
+
+@NOT_BACK
+def test_a_site_that_lets_nothing_go_back_keeps_the_checkpoint(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any]
+) -> None:
+    run = run_job(STOPPABLE, **secret)
+    stop_early(run, world, slurm)
+    status = end_of(run, world)
+    assert (status.state, status.exit_code) == (State.FAILED, 75)
+    assert status.reason.startswith("preempted with a checkpoint, and not put back into the queue")
+    assert secrets_left(run) == []
+    again = run.resume()
+    assert end_of(again, world).state is State.SUCCEEDED
+    assert "starts from 1" in text_of(again)
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+
+def processes_of(run: Run) -> dict[str, int]:
+    """What a job consists of → its process: `script`, `srun`, `runner`."""
+    found: dict[str, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            if f"SLURM_JOB_ID={job_of(run)}" not in environ or f"SLURM_JOB_NAME={run.id}" not in environ:
+                continue
+            if words[-2].endswith("slurm_script"):
+                found.setdefault("script", int(folder.name))
+            elif words[0] == "srun":
+                found.setdefault("srun", int(folder.name))
+            elif words[1:3] == ["-m", "launcher.runner"]:
+                found.setdefault("runner", int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("who", "reason"),
+    [
+        ("script", "its script was killed by signal 9 (Killed)"),
+        ("srun", "the runner or srun was killed by signal 9 (Killed)"),
+        ("runner", "the runner or srun was killed by signal 9 (Killed)"),
+    ],
+)
+def test_whatever_of_it_is_killed_it_has_not_succeeded(
+    who: str, reason: str, run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
+) -> None:
+    run = run_job(SLEEP)
+    until_sleeping(run, world)
+    os.kill(processes_of(run)[who], signal.SIGKILL)
+    status = end_of(run, world)
+    assert (status.state, status.reason) == (State.FAILED, reason)

@@ -14,9 +14,11 @@ import json
 import math
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,7 +44,7 @@ from launcher.quantities import format_duration, format_size, parse_duration
 from launcher.remote import Host
 from launcher.rules import RULES, ContainerRules
 from launcher.slurm import places
-from launcher.slurm.commands import Element, Evidence, Listed, Slurm, no_slurm
+from launcher.slurm.commands import ARRAY_NAME, Element, Evidence, Listed, Slurm, no_slurm, same_job
 from launcher.slurm.ways import WAYS, Bind, Way, bad_words, filled
 from launcher.slurm.words import ENDED, STATES, STUCK, reason_words, state_word
 from launcher.status import State, Status
@@ -68,6 +70,8 @@ _LONGEST_JOB = 100_000
 _LEAST_DISK_KIB = 1 << 20
 _REQUEUE_SEEN_S = 300.0
 """How long SLURM may take to show a job that went back into the queue."""
+_AT_ONCE = 4
+"""Arrays that are handed over at the same time; sshd takes ten sessions over one connection."""
 _ASK_EVERY_S = 5.0
 """For the controller's sake, however often somebody looks at the log."""
 
@@ -232,6 +236,7 @@ class SlurmBackend:
         self.target_name = target_name
         self._slurm = Slurm(Host(target.ssh, target_name))
         self._jobs: dict[str, JobFile] = {}
+        self._qos: dict[str, dict[str, str]] | None = None
 
     @property
     def rules(self) -> ContainerRules:
@@ -404,10 +409,12 @@ class SlurmBackend:
         groups: dict[str, list[Plan]] = {}
         for plan in plans:
             groups.setdefault(_header(plan.text), []).append(plan)
-        handles: dict[str, Handle] = {}
-        for header, group in groups.items():
-            for at in range(0, len(group), largest):
-                handles |= self._submit_array(header, group[at : at + largest], secrets, attempt)
+        parts = [
+            (head, same[at : at + largest]) for head, same in groups.items() for at in range(0, len(same), largest)
+        ]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            sent = list(pool.map(lambda part: self._submit_array(part[0], part[1], secrets, attempt), parts))
+        handles = {run_id: handle for found in sent for run_id, handle in found.items()}
         return [handles[plan.run_id] for plan in plans]
 
     def _submit_array(
@@ -415,7 +422,7 @@ class SlurmBackend:
     ) -> dict[str, Handle]:
         """The same runs make an array of the same name, by which it is found again."""
         content = "\n".join([str(attempt), *(plan.run_id for plan in plans)])
-        name = f"cvlaunch-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        name = f"{ARRAY_NAME}{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         folder, jobs = f"{self.target.root}/arrays/{name}", self._records
         lines = _secret_lines(secrets)
         native = self._slurm.submit_array(
@@ -456,7 +463,7 @@ class SlurmBackend:
             native = _Native.of(handle)
             listed = native.listed_in(queue)
             if listed and listed.state not in ENDED:
-                answers[handle] = _going_on(listed)
+                answers[handle] = _going_on(listed, self._limits(listed))
             else:
                 others.append(native)
         asked = [(native.run_id, native.id) for native in others if native.run_id]
@@ -466,6 +473,14 @@ class SlurmBackend:
             found = evidence.get(native.id, Evidence())
             answers[native.handle] = _judged(native, found, native.listed_in(queue), now)
         return answers
+
+    def _limits(self, listed: Listed) -> Mapping[str, str]:
+        """Of its QOS, looked up once, and only for a job that they keep waiting."""
+        if not listed.reason.startswith("QOS"):
+            return {}
+        if self._qos is None:
+            self._qos = self._slurm.limits()
+        return self._qos.get(listed.qos, {})
 
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """The runner's log; what SLURM has of its output, where it ended before it could write one."""
@@ -550,9 +565,9 @@ class _Native:
         return cls(handle, native, run_id)
 
     def listed_in(self, queue: Mapping[str, Listed]) -> Listed | None:
-        """Its line of squeue; an element of an array bears the array's name."""
+        """Its line of squeue, unless the id is another job's by now."""
         listed = queue.get(self.id)
-        return listed if listed and (listed.name == self.run_id or "_" in self.id) else None
+        return listed if listed and same_job(self.run_id, self.id, listed.name, listed.comment) else None
 
 
 # -- what the script says ---------------------------------------------------------------------------------------------
@@ -681,11 +696,11 @@ def _seldom(ask: Callable[[], bool]) -> Callable[[], bool]:
 # -- what SLURM's words mean ------------------------------------------------------------------------------------------
 
 
-def _going_on(listed: Listed) -> Status:
+def _going_on(listed: Listed, limits: Mapping[str, str]) -> Status:
     state = STATES.get(listed.state, State.UNKNOWN)
     if state is State.QUEUED and listed.reason == "BeginTime":  # our scripts ask for no start of their own
         state = State.RESTARTING
-    reason = reason_words(listed.reason, state=listed.state)
+    reason = reason_words(listed.reason, state=listed.state, limits=limits)
     if listed.state == "PENDING" and listed.started and listed.reason not in STUCK:
         wait = listed.started - time.time()
         reason += f"; SLURM expects to start it in {format_duration(round(wait, -1))}" if wait > 30 else ""
@@ -696,6 +711,7 @@ def _going_on(listed: Listed) -> Status:
 def _judged(native: _Native, found: Evidence, listed: Listed | None, now: float) -> Status:
     """The script's own words first, then SLURM's; without either, nobody knows."""
     word = state_word(found.account.get("JobState", "")) or (listed.state if listed else "")
+    word = word or _ended_by_slurm(found.status)
     status = _facts(found, listed, word)
     if word and word not in ENDED:  # it went on between the two looks
         return replace(status, state=STATES.get(word, State.UNKNOWN), exit_code=None, ended=None)
@@ -734,8 +750,24 @@ def _seconds(text: object) -> float | None:
     return float(str(text)) if str(text).isdecimal() else None
 
 
+def _ended_by_slurm(status: Mapping[str, Any]) -> str:
+    """SLURM's word for it, of what it said to the script, which it had told to end: while a script runs on after that,
+    it is COMPLETING."""
+    said = str(status.get("slurm", ""))
+    word = said.partition(" ")[0]
+    if word == "COMPLETING":
+        return "TIMEOUT" if "Reason=TimeLimit" in said else "CANCELLED"
+    return word if word in ENDED else ""
+
+
+_BEFORE_THE_RUNNER = {"BOOT_FAIL", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+"""Ends that SLURM makes, of which a runner knows only that it was to stop."""
+
+
 def _by_script(status: Status, found: Evidence, word: str) -> Status:
     code, account = int(found.status["code"]), found.notice or found.result
+    if word in _BEFORE_THE_RUNNER and account.get("state", "PREEMPTED") == "PREEMPTED":
+        return _by_slurm(status, found, word)
     if word == "CANCELLED" and code != EXIT_DONE:
         return replace(status, state=State.CANCELLED, reason="cancelled with scancel" if not found.cancelled else "")
     state = _ENDED_WORDS.get(str(account.get("state")))
@@ -746,16 +778,27 @@ def _by_script(status: Status, found: Evidence, word: str) -> Status:
     if code == EXIT_PREEMPTED and state is State.FAILED:
         reason = "preempted with a checkpoint, and not put back into the queue: max_attempts, or the site forbids it"
     elif state is State.FAILED and not account:
-        reason = _said(found)
+        reason = _killed("the runner or srun", code - 128) or _said(found)
     return replace(status, state=state, reason=reason)
 
 
 def _by_slurm(status: Status, found: Evidence, word: str) -> Status:
     """Its script was killed before it could say anything, or its record is gone."""
-    reason = ENDED[word] or (_said(found) if word == "FAILED" else "")
-    if word == "TIMEOUT" and found.said:
+    reason = ENDED[word]
+    if word == "FAILED":
+        number = found.account.get("ExitCode", "").partition(":")[2]
+        reason = _killed("its script", int(number) if number.isdecimal() else 0) or _said(found)
+    elif word == "TIMEOUT" and found.said:
         reason = f"{reason} ({_said(found)})"
+    elif word == "NODE_FAIL" and status.node:
+        reason = f"{reason}: {status.node}"
     return replace(status, state=STATES[word], reason=reason)
+
+
+def _killed(who: str, number: int) -> str:
+    """Empty if the number is no signal's."""
+    name = signal.strsignal(number) if number in signal.valid_signals() else None
+    return f"{who} was killed by signal {number} ({name})" if name else ""
 
 
 def _said(found: Evidence) -> str:

@@ -24,17 +24,20 @@ from launcher.errors import (
     UnsupportedError,
 )
 from launcher.remote import Done, Host
-from launcher.slurm.words import state_word
+from launcher.slurm.words import ENDED, LIMITS, state_word
 
-__all__ = ["Element", "Evidence", "Listed", "Slurm", "fields_of"]
+__all__ = ["ARRAY_NAME", "Element", "Evidence", "Listed", "Slurm", "fields_of", "same_job"]
+
+ARRAY_NAME = "cvlaunch-"
+"""Begins the name of every array of ours."""
 
 _SCRIPTS = Path(__file__).parent / "scripts"
 
-_SQUEUE = "%i|%T|%V|%S|%e|%N|%j|%r|%k"
-"""Id, state, submitted, started or expected, end, nodes, name, reason, comment; the last may hold anything."""
+_SQUEUE = "%i|%T|%V|%S|%e|%N|%j|%q|%r|%k"
+"""Id, state, submitted, started or expected, end, nodes, name, QOS, reason, comment; the last may hold anything."""
 
 _NOT_READY, _ANOTHER_JOB, _REFUSED, _NO_ANSWER = 46, 47, 48, 49
-"""Exit codes of submit.sh."""
+"""Exit codes of submit.sh; the last also of find.sh."""
 
 _REFUSALS: Sequence[tuple[str, type[CvlaunchError], str, str]] = (
     (r"invalid partition specified", SpecError, "partition", "SLURM knows no such partition; `sinfo -s` lists them"),
@@ -75,6 +78,7 @@ class Listed:
     ended: float | None
     nodes: str
     name: str
+    qos: str
     reason: str
     comment: str
 
@@ -169,12 +173,18 @@ class Slurm:
             native, _, text = rest.partition("\t")
             if native in found:
                 found[native].update(_piece(kind, text))
+        for run, native in wanted:
+            account = found[native].get("account", {})
+            if not same_job(run, native, account.get("JobName", ""), account.get("Comment", "")):
+                found[native].pop("account", None)
         return {native: Evidence(**pieces) for native, pieces in found.items()}
 
     def find(self, jobs: str, run_ids: Sequence[str]) -> dict[str, str]:
         """Run id → id of its newest job."""
         done = self._run("find", jobs, stdin="".join(f"{run_id}\n" for run_id in run_ids).encode())
         self._require_slurm(done)
+        if done.code == _NO_ANSWER:
+            raise UnreachableError(f"{self.host.name}: SLURM's controller did not answer ({_last(done.err)})")
         pairs = (line.partition(" ")[::2] for line in done.out.decode().splitlines())
         return dict(pairs)
 
@@ -218,6 +228,12 @@ class Slurm:
         done = self.host.run("scontrol show config")
         self._require_slurm(done)
         return dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", done.out.decode("utf-8", "replace"), re.MULTILINE))
+
+    def limits(self) -> dict[str, dict[str, str]]:
+        """QOS → its limits, by the words of sacctmgr; empty without accounting."""
+        done = self.host.run(f"sacctmgr --noheader --parsable2 show qos format=Name,{','.join(LIMITS)}")
+        rows = (line.split("|") for line in done.out.decode("utf-8", "replace").splitlines())
+        return {name: dict(zip(LIMITS, values, strict=False)) for name, *values in rows}
 
     def look(self, *arguments: str) -> list[tuple[str, str]]:
         """What check.sh finds: a word and a text."""
@@ -265,13 +281,11 @@ def _last(said: str) -> str:
 
 
 def _listed(line: str) -> Listed | None:
-    parts = line.split("|", 8)
-    if len(parts) < 9:
+    parts = line.split("|", 9)
+    if len(parts) < 10:
         return None
-    native, state, submitted, started, ended, nodes, name, reason, comment = parts
-    return Listed(
-        native, state_word(state), _time(submitted), _time(started), _time(ended), nodes, name, reason, comment
-    )
+    native, state, submitted, started, ended, *texts = parts
+    return Listed(native, state_word(state), _time(submitted), _time(started), _time(ended), *texts)
 
 
 def _time(text: str) -> float | None:
@@ -297,8 +311,20 @@ def _piece(kind: str, text: str) -> dict[str, Any]:
         return {"account": fields_of(text)}
     if kind == "A":
         keys = ("JobName", "JobState", "ExitCode", "StartTime", "EndTime", "NodeList")
-        return {"account": dict(zip(keys, text.split("|"), strict=False))}
+        account = dict(zip(keys, text.split("|"), strict=False))
+        # the controller does not know it any more: whatever the accounts say of its going on is out of date
+        return {"account": account} if state_word(account.get("JobState", "")) in ENDED else {}
     return {}
+
+
+def same_job(run_id: str, native: str, name: str, comment: str) -> bool:
+    """Whether the job that SLURM has under this id is this run's: ids begin anew at a limit, or when state was lost.
+
+    An element of an array bears the array's name.
+    """
+    if "_" in native:
+        return name.startswith(ARRAY_NAME)
+    return name == run_id or comment == f"cvlaunch:{run_id}"
 
 
 def fields_of(line: str) -> dict[str, str]:
@@ -310,7 +336,7 @@ def _packed(elements: Sequence[Element], header: bytes) -> bytes:
     """The tar that submit_array.sh reads."""
     listed = "".join(f"{element.run_id}\n" for element in elements).encode()
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in [("header", header), ("list", listed), *_members(elements), ("end", b"")]:
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o600

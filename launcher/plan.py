@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +21,9 @@ from launcher.errors import SpecError, UnsupportedError
 from launcher.paths import templates_folder
 from launcher.shm import shm_words
 from launcher.stores import join_uri, scheme
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
 
@@ -197,6 +201,19 @@ def _only_filtered(value: object) -> object:
 def _render(template: str, context: Mapping[str, object], *, name: str) -> str:
     import jinja2
 
+    try:
+        return _compiled(template).render(context)
+    except jinja2.TemplateSyntaxError as error:
+        raise SpecError(f"not a Jinja template: {error.message}", file=name, line=error.lineno) from error
+    except jinja2.TemplateError as error:
+        raise SpecError(f"the template can't be filled: {error}", file=name) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    """Kept, because compiling takes a hundred times as long as filling, and a sweep fills one template many times."""
+    import jinja2
+
     environment = jinja2.Environment(  # noqa: S701 not HTML: `finalize` refuses what no filter has passed
         undefined=jinja2.StrictUndefined,
         finalize=_only_filtered,
@@ -206,12 +223,7 @@ def _render(template: str, context: Mapping[str, object], *, name: str) -> str:
         newline_sequence="\n",
     )
     environment.filters = {"tojson": _tojson, "sh": _sh}
-    try:
-        return environment.from_string(template).render(context)
-    except jinja2.TemplateSyntaxError as error:
-        raise SpecError(f"not a Jinja template: {error.message}", file=name, line=error.lineno) from error
-    except jinja2.TemplateError as error:
-        raise SpecError(f"the template can't be filled: {error}", file=name) from error
+    return environment.from_string(template)
 
 
 def _with_overlay(text: str, form: str, overlay: Mapping[str, Any] | list[Any] | None) -> str:

@@ -1,12 +1,46 @@
 # The newest job of each run: $1 folder of all records; on stdin a run id a line. Prints `RUN ID` for those that there are.
+# One squeue at most, and no process for a single run. 49: the controller did not answer.
+records=$1
+looked='' id='' submission='' array='' index='' folder=''
+declare -A every live sent # the id of the newest job by name, of the newest by name that has not ended, and by its folder
+look() {
+    [ -z "$looked" ] || return 0
+    looked=$(squeue --me --noheader --states=all --sort=i --format '%F|%T|%j|%Z') || exit 49
+    while IFS='|' read -r id state name folder; do
+        [ -n "$folder" ] || continue
+        every[$name]=$id sent[$folder]=$id
+        case $state in
+            COMPLETED | CANCELLED | FAILED | TIMEOUT | PREEMPTED | NODE_FAIL | OUT_OF_MEMORY | DEADLINE | BOOT_FAIL | REVOKED) ;;
+            *) live[$name]=$id ;;
+        esac
+    done <<< "$looked"
+    looked=yes
+}
+first_line() { # of file $2, into variable $1; nothing if it is not there
+    printf -v "$1" '%s' ''
+    [ ! -e "$2" ] || read -r "$1" < "$2"
+}
 while read -r run; do
-    id='' states=''
-    if cd -- "$1/$run" 2>/dev/null; then
-        submission=$(cat submission 2>/dev/null || echo 1)
-        [ ! -e "id-$submission" ] || id=$(cat "id-$submission")
-        [ ! -e "sending-$submission" ] || states=all # it may have ended since it was sent
+    found='' record=$records/$run
+    first_line submission "$record/submission"
+    submission=${submission:-1}
+    first_line found "$record/id-$submission"
+    if [ -z "$found" ] && [ -e "$record/array-$submission" ]; then # sent with others, and cut off before it had its id
+        read -r array index < "$record/array-$submission"
+        first_line id "${records%/*}/arrays/$array/id"
+        if [ -z "$id" ]; then
+            look
+            id=${every[$array]}
+        fi
+        [ -z "$id" ] || found=${id}_$index
+    elif [ -z "$found" ]; then
+        look
+        # Without a record it can only wait still: a script that somebody has sent by hand.
+        found=${live[$run]}
+        if [ -e "$record/sending-$submission" ]; then # by this call, and neither below another root nor earlier
+            found=${sent[$(cd -- "$record" && pwd -P)]}
+            [ -z "$found" ] || ! grep -qxF -- "$found" "$record"/id-* 2> /dev/null || found=''
+        fi
     fi
-    # Without a record it can only wait still: a script that somebody has sent by hand.
-    [ -n "$id" ] || id=$(squeue --me --noheader ${states:+--states=$states} --name "$run" --format %i | tail -n 1)
-    [ -z "$id" ] || printf '%s %s\n' "$run" "$id"
+    [ -z "$found" ] || printf '%s %s\n' "$run" "$found"
 done

@@ -43,7 +43,7 @@ from launcher.secretfiles import require_private
 from launcher.spec import JobSpec
 from launcher.status import State
 from launcher.stores import StorageOptions, Store, is_uri, join_uri, open_store
-from launcher.targets import Selected, load_targets
+from launcher.targets import Selected, Targets, load_targets
 
 __all__ = [
     "Prepared",
@@ -99,20 +99,17 @@ def prepare(
     targets = load_targets(folder)
     selected = targets.select(target=target, backend=backend)
     template = load_template(selected.backend, _template_folder(selected))
-    with tempfile.TemporaryDirectory(prefix="cvlaunch-") as scratch:
-        try:
-            resolved = resolve(
-                spec,
-                selected,
-                folder=folder,
-                targets=targets,
-                scratch=Path(scratch),
-                ledger=ledger or Ledger(),
-                online=online,
-                make=make,
-            )
-        except SpecError as error:
-            raise _placed(error, path) from error
+    with tempfile.TemporaryDirectory(prefix="cvlaunch-") as scratch, _placing(path, targets, selected):
+        resolved = resolve(
+            spec,
+            selected,
+            folder=folder,
+            targets=targets,
+            scratch=Path(scratch),
+            ledger=ledger or Ledger(),
+            online=online,
+            make=make,
+        )
         yield Prepared(resolved, selected.open(), folder, template)
 
 
@@ -121,9 +118,22 @@ def _template_folder(selected: Selected) -> str | None:
     return str(selected.folder / Path(written).expanduser()) if written else None
 
 
+@contextlib.contextmanager
+def _placing(path: Path | None, targets: Targets, selected: Selected) -> Iterator[None]:
+    """Errors that name a key of the target or of the job file get the file's name and the line."""
+    try:
+        yield
+    except SpecError as error:
+        if error.file is not None or error.key is None:
+            raise
+        key = error.key.partition(".")[0]
+        if key in type(selected.target).model_fields and key not in JobSpec.model_fields:
+            raise targets.placed(error, selected.name) from error
+        raise _placed(error, path) from error
+
+
 def _placed(error: SpecError, path: Path | None) -> SpecError:
-    """The same error with the job file's name and line, where it names a key of it."""
-    if path is None or error.file is not None or error.key is None:
+    if path is None or error.key is None:
         return error
     from launcher.yamlfile import read_yaml
 

@@ -111,6 +111,16 @@ class Targets:
             )
         return self._named(matching[0] if matching else backend)
 
+    def placed(self, error: SpecError, name: str) -> SpecError:
+        """An error that names a key of this target, with the place where the key is written."""
+        entry = self.entries.get(name)
+        if entry is None or entry.document is None or error.key is None:
+            return error
+        keys = ("targets", name, *error.key.split("."))
+        document = entry.document
+        placed = type(error)(error.message, file=document.file, line=document.line(keys), key=".".join(keys))
+        return _blamed(placed, name, entry).with_traceback(error.__traceback__)
+
     def place_of(self, dataset: str, target: str) -> str:
         """Where a dataset is for a target. SpecError if it is nowhere that this target knows."""
         places = self.datasets[dataset]

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from launcher import paths
 from launcher.backends.base import (
@@ -38,7 +38,7 @@ from launcher.backends.base import (
     Transport,
 )
 from launcher.contract import DEFAULT_ROOT, EXIT_CANCELLED, EXIT_DONE, EXIT_PREEMPTED, OUTPUT_FOLDERS, JobFile
-from launcher.errors import SpecError
+from launcher.errors import SpecError, UnreachableError
 from launcher.logfiles import PRINTED, follow_logs, printed_lines
 from launcher.quantities import format_duration, format_size, parse_duration
 from launcher.remote import Host
@@ -85,10 +85,21 @@ _ENDED_WORDS = {
 }
 """The runner's word, in its result or its notice → ours."""
 
-_Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,@:+/-]+$")]
-_Constraint = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]-]+$")]
-_Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n]*)?$")]
-_Line = Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]
+
+def _like(pattern: str, words: str) -> AfterValidator:
+    def checked(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {words}, found {value!r}")
+        return value
+
+    return AfterValidator(checked)
+
+
+_Word = Annotated[str, _like(r"[A-Za-z0-9_.,@:+/-]+", "one word of letters, digits and _.,@:+/-")]
+_Constraint = Annotated[str, _like(r"[A-Za-z0-9_.,:&|*()\[\]-]+", "features of nodes, such as a100&nvlink")]
+_Option = Annotated[str, _like(r"--[a-z][a-z-]*(=[^\n]*)?", "an option of sbatch, such as --nice=100")]
+_Line = Annotated[str, _like(r"[^\n]*", "one line")]
+_Folder = Annotated[str, _like(r"(\$[A-Za-z_]\w*|/)[^\n]*", "an absolute path, or one below a variable: $SLURM_TMPDIR")]
 
 
 class SlurmTarget(BaseTarget):
@@ -127,11 +138,7 @@ class SlurmTarget(BaseTarget):
     cpus_per_gpu: int | None = Field(None, ge=1, description="cores for each GPU, where the job doesn't say how many")
     modules: tuple[_Line, ...] = Field((), description="loaded before the job, in this order")
     setup: tuple[_Line, ...] = Field((), description="shell lines before the job; one that fails ends it")
-    scratch: str = Field(
-        "$TMPDIR",
-        pattern=r"^(\$[A-Za-z_]\w*|/)[^\n]*$",
-        description="folder on a node's own disk: /local, $SLURM_TMPDIR",
-    )
+    scratch: _Folder = Field("$TMPDIR", description="folder on a node's own disk: /local, $SLURM_TMPDIR")
     interface: _Word | None = Field(None, description="network between nodes: ib0; none: NCCL and gloo choose")
     array_limit: int | None = Field(None, ge=1, description="how many jobs of an array run at a time")
     mail_user: _Word | None = None
@@ -348,6 +355,7 @@ class SlurmBackend:
         )
         for word, text in found:
             yield from self._problem(word, text, job)
+        yield from self._check_limits([text for word, text in found if word == "partition"], job)
 
     def _problem(self, word: str, text: str, job: Job) -> Iterator[Problem]:
         where, name = self._slurm.host.name, self.target_name
@@ -372,25 +380,39 @@ class SlurmBackend:
         elif word == "data":
             yield Problem("data", f"there is no folder {text} on {where}")
         elif word == "refused":
+            if re.search("unable to contact|timed out", text, re.IGNORECASE):
+                raise UnreachableError(f"{where}: SLURM's controller did not answer ({text}): try again later")
             yield Problem("partition", f"{where}: {text}; `sinfo -s` lists the partitions")
-        elif word == "partition":
-            yield from self._check_limit(text, job)
 
-    def _check_limit(self, line: str, job: Job) -> Iterator[Problem]:
-        """Sites that don't enforce a partition's limit at submission let such a job wait for ever."""
-        facts = dict(re.findall(r"(\w+)=(\S*)", line))
-        wanted = _partition(self.target, job.spec.resources.spot)
-        if wanted is None and facts.get("Default") != "YES":
+    def _check_limits(self, lines: Sequence[str], job: Job) -> Iterator[Problem]:
+        """Sites that don't enforce a partition's limits at submission let such a job wait for ever.
+
+        lines: of the partitions in which it may start, or of all.
+        """
+        resources, target = job.spec.resources, self.target
+        partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+        if _partition(target, resources.spot) is None:
+            partitions = [facts for facts in partitions if facts.get("Default") == "YES"]
+        if not partitions:
             return
-        asked, limit = _seconds_asked(self.target, job.spec.resources.timeout), _slurm_seconds(facts.get("MaxTime", ""))
-        name = facts.get("PartitionName", wanted)
+        names = ",".join(facts.get("PartitionName", "") for facts in partitions)
+        asked, limit = _seconds_asked(target, resources.timeout), _most(partitions, "MaxTime", _slurm_seconds)
         if asked is not None and limit is not None and asked > limit:
-            lead = f"a start of this job takes up to {format_duration(asked)}, and partition {name} allows "
-            key = "resources.timeout" if self.target.time is None else "time"
+            lead = f"a start of this job takes up to {format_duration(asked)}, and partition {names} allows "
+            key = "resources.timeout" if target.time is None else "time"
             way_out = f"write time: {format_duration(limit)} in the target, and the job goes on in its next start"
             yield Problem(key, f"{lead}{format_duration(limit)}; {way_out}")
-        if facts.get("State", "UP") not in ("UP", "DRAIN"):
-            yield Problem("partition", f"partition {name} is {facts['State']}", fatal=False)
+        for key, wanted, fact in (
+            ("nodes", resources.nodes, "TotalNodes"),
+            ("cpus", resources.nodes * (resources.cpus or 0), "TotalCPUs"),
+        ):
+            most = _most(partitions, fact, _number)
+            if most is not None and wanted > most:
+                lead = f"the job asks for {wanted} {key} together, and partition {names} has {most:g}"
+                yield Problem(f"resources.{key}", f"{lead}; `sinfo -s` lists the partitions")
+        for facts in partitions:
+            if facts.get("State", "UP") not in ("UP", "DRAIN"):
+                yield Problem("partition", f"partition {facts['PartitionName']} is {facts['State']}", fatal=False)
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         record = places.record(self.target.root, plan.run_id)
@@ -625,9 +647,24 @@ def _time_limit(target: SlurmTarget, timeout: float | None, grace: float) -> str
         return None
     if seconds < grace + 2 * _BEFORE_THE_END_S:
         least = format_duration(grace + 2 * _BEFORE_THE_END_S)
-        raise SpecError(f"{target.time} leaves no time to train: the job's grace needs {least} of it", key="time")
+        raise SpecError(
+            f"{target.time} leaves no time to train: the job's grace needs {least} of it; write a longer time, "
+            "or a shorter resources.grace",
+            key="time",
+        )
     minutes = math.ceil(seconds / 60)
     return f"{minutes // 1440}-{minutes % 1440 // 60:02}:{minutes % 60:02}:00"
+
+
+def _most(partitions: Sequence[Mapping[str, str]], fact: str, read: Callable[[str], float | None]) -> float | None:
+    """The largest of them; None where one has no limit."""
+    found = [read(facts.get(fact, "")) for facts in partitions]
+    numbers = [number for number in found if number is not None]
+    return max(numbers) if len(numbers) == len(found) else None
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text.isdecimal() else None
 
 
 def _slurm_seconds(text: str) -> float | None:

@@ -256,14 +256,18 @@ def no_slurm(host: Host) -> UnsupportedError:
 
 
 def _refusal(said: str, where: str) -> CvlaunchError:
-    text = re.sub(r"^sbatch: (error: )?", "", _last(said))
+    text = _without_name(_last(said))
     if "command not found" in said or "sbatch: No such file" in said:
         return no_slurm(Host())
     for pattern, kind, key, way_out in _REFUSALS:
-        if re.search(pattern, said, re.IGNORECASE):
-            message = f"{where}: {way_out} ({text})"
+        if found := re.search(f".*({pattern}).*", said, re.IGNORECASE):
+            message = f"{where}: {way_out} ({_without_name(found[0])})"
             return kind(message, key=key or None) if issubclass(kind, SpecError) else kind(message)
     return SpecError(f"{where}: sbatch refuses the job: {text or 'without a word'}")
+
+
+def _without_name(line: str) -> str:
+    return re.sub(r"^sbatch: (error: )?", "", line.strip())
 
 
 def _folder_error(said: str, folder: str, where: str) -> CvlaunchError:

@@ -5,9 +5,12 @@ shift 7
 command -v sbatch > /dev/null || { printf 'sbatch\t\n'; exit 0; }
 for folder in "$root" "$output"; do
     [ -n "$folder" ] || continue
+    made=() there=$folder
+    until [ -e "$there" ]; do made+=("$there") there=$(dirname -- "$there"); done
     said=$( (mkdir -p -- "$folder" && touch -- "$folder/.cvlaunch-probe" && rm -f -- "$folder/.cvlaunch-probe") 2>&1) ||
         printf 'folder\t%s\n' "$(printf '%s' "$said" | tail -n 1)"
-    printf 'free\t%s\n' "$(df -P -k -- "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }')"
+    printf 'free\t%s\n' "$(df -P -k -- "$there" 2>/dev/null | awk 'NR == 2 { print $4 }')"
+    [ "${#made[@]}" = 0 ] || rmdir -- "${made[@]}" 2>/dev/null # nothing is to stay of a job that is refused
 done
 if [ -n "$python" ] && [ ! -x "$python" ]; then printf 'python\t%s\n' "$python"; fi
 if [ -n "$library" ] && [ ! -d "$library" ]; then printf 'library\t%s\n' "$library"; fi
@@ -16,8 +19,13 @@ if [ -n "$tool" ] && ! command -v "$tool" > /dev/null; then printf 'tool\t%s\n' 
 for folder; do
     [ -d "$folder" ] || printf 'data\t%s\n' "$folder"
 done
-if said=$(scontrol -o show partition ${partition:+"$partition"} 2>&1); then
-    printf '%s\n' "$said" | while read -r line; do printf 'partition\t%s\n' "$line"; done
-else
-    printf 'refused\t%s\n' "$(printf '%s' "$said" | tail -n 1)"
-fi
+IFS=, read -ra names <<< "$partition"
+[ -n "$partition" ] || names=('')
+for name in "${names[@]}"; do
+    if said=$(scontrol -o show partition ${name:+"$name"} 2>&1); then
+        printf '%s\n' "$said" | while read -r line; do printf 'partition\t%s\n' "$line"; done
+    else
+        printf 'refused\t%s\n' "$(printf '%s' "$said" | tail -n 1)"
+        break # no controller may take long to be noticed
+    fi
+done

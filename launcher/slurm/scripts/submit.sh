@@ -46,6 +46,7 @@ if [ "$code" != 0 ] || [ -z "$id" ]; then
     # No answer is no refusal: then the mark stays, and the next call looks for the job.
     grep -qi 'timed out\|unable to contact' .said && exit 49
     rm -f secrets "sending-$submission"
+    [ -n "$(compgen -G 'id-*')" ] || rm -rf -- "$record" # an earlier job's stays
     exit 48
 fi
 printf '%s\n' "${id%%;*}" > .id && mv .id "id-$submission"

@@ -301,6 +301,7 @@ class SlurmBackend:
             "library": None if target.way else target.library,
             "env": self._variables(),
             "container": target.way is not None,
+            "keys": _needs_keys(job_file),
             "mounted": [channel.name for channel in job_file.channels if channel.access == "mounted"],
             "job": job_file.to_json(),
             "command": [*self._in_front(job_file), *self._runner],
@@ -325,6 +326,8 @@ class SlurmBackend:
             if channel.access == "mounted":
                 source = str(path_of(channel.uri))
                 binds.append(Bind(source, f"{DEFAULT_ROOT}/input/data/{channel.name}", way.read_only))
+        if _needs_keys(job_file):
+            binds.append(Bind("@scratch@/aws", "/tmp/.aws", way.read_only))  # noqa: S108
         image = self._image(job_file.image or {})
         gpus = way.gpus if job_file.gpus else ()
         return filled((*way.srun, *way.prefix), image=image, binds=binds, gpus=gpus)
@@ -601,6 +604,11 @@ def _path_there(output: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 
 
+def _needs_keys(job_file: JobFile) -> bool:
+    """Those of ~/.aws, for a runner that copies from or to S3."""
+    return "s3" in {scheme(job_file.output), *(scheme(c.uri) for c in job_file.channels if c.access == "staged")}
+
+
 def _scratch(written: str) -> tuple[str | None, str]:
     """(variable, folder below it), or (None, folder)."""
     match = re.match(r"\$([A-Za-z_]\w*)(.*)", written)
@@ -806,7 +814,7 @@ def _by_script(status: Status, found: Evidence, word: str) -> Status:
     if word in _BEFORE_THE_RUNNER and account.get("state", "PREEMPTED") == "PREEMPTED":
         return _by_slurm(status, found, word)
     if word == "CANCELLED" and code != EXIT_DONE:
-        return replace(status, state=State.CANCELLED, reason="cancelled with scancel" if not found.cancelled else "")
+        return replace(status, state=State.CANCELLED, reason=_by_whom(found))
     state = _ENDED_WORDS.get(str(account.get("state")))
     if state is None:
         known = {EXIT_DONE: State.SUCCEEDED, EXIT_CANCELLED: State.CANCELLED}
@@ -825,11 +833,15 @@ def _by_slurm(status: Status, found: Evidence, word: str) -> Status:
     if word == "FAILED":
         number = found.account.get("ExitCode", "").partition(":")[2]
         reason = _killed("its script", int(number) if number.isdecimal() else 0) or _said(found)
-    elif word == "TIMEOUT" and found.said:
-        reason = f"{reason} ({_said(found)})"
+    elif word == "CANCELLED":
+        reason = _by_whom(found)
     elif word == "NODE_FAIL" and status.node:
         reason = f"{reason}: {status.node}"
     return replace(status, state=STATES[word], reason=reason)
+
+
+def _by_whom(found: Evidence) -> str:
+    return "cancelled" if found.cancelled else "cancelled with scancel"
 
 
 def _killed(who: str, number: int) -> str:

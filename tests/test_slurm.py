@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from launcher.run import refresh
 from launcher.slurm import places
 from launcher.status import Status
 from launcher.submission import backend_of
-from launcher.testing.conformance import STOPPABLE, job, ledger, run_job, text_of, until
+from launcher.testing.conformance import STOPPABLE, job, ledger, own_id, run_job, text_of, until
 from launcher.watch import UNSEEN_LIMIT_S
 from tests.services.slurm import SlurmCluster
 from tests.worlds.slurm import SlurmWorld
@@ -170,7 +169,7 @@ def test_a_run_that_waits_for_its_next_start_is_cancelled(
     stop_early(run, world, slurm)
     until(lambda: slurm.state(job_of(run)) == "PENDING", world)
     status = run.status()
-    assert status.state is State.RESTARTING
+    assert (status.state, status.reason) == (State.RESTARTING, "waiting for its earliest start")
     assert run.cancel().state is State.CANCELLED
     assert secrets_left(run) == []
     assert starts(run) == 1
@@ -179,9 +178,7 @@ def test_a_run_that_waits_for_its_next_start_is_cancelled(
 # -- nodes that fail --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_node_is_put_down_goes_on(
-    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
-) -> None:
+def test_a_run_whose_node_is_put_down_goes_on(run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster) -> None:
     run = run_job(STOPPABLE)
     until(lambda: "starts from None" in text_of(run), world)
     slurm.put_down(run.status().node)
@@ -257,11 +254,14 @@ UNTIL_GO = """
 
 
 def forget_all_jobs(cluster: SlurmCluster, while_away: Callable[[], object] = lambda: None) -> None:
-    """As after MinJobAge, at once; and job ids begin with 1 again, as they do at MaxJobId."""
+    """As after MinJobAge, at once. Its next job gets an id that no node remembers."""
+    latest = int(re.findall(r"NEXT_JOB_ID\s*=\s*(\d+)", cluster.run("scontrol", "show", "config"))[0])
     cluster.stop_controller()
     while_away()
     shutil.rmtree(cluster.folder / "state")
     (cluster.folder / "state").mkdir()
+    with (cluster.folder / "slurm.conf").open("a") as file:
+        file.write(f"FirstJobId={latest + 1}\n")
     cluster.start_controller()
 
 
@@ -306,7 +306,7 @@ def test_a_run_that_ends_while_the_controller_is_away_has_its_end_in_its_record(
     waiting = threading.Thread(target=lambda: ends.append(Run(run.id, ledger).wait(timeout=world.patience)))
 
     def while_away() -> None:
-        with pytest.raises(UnreachableError, match="target world could not be asked: .*squeue failed"):
+        with pytest.raises(UnreachableError, match=r"target world could not be asked: .*squeue failed"):
             run.status()
         waiting.start()
         (tmp_path / "go").touch()
@@ -405,3 +405,256 @@ def test_whatever_of_it_is_killed_it_has_not_succeeded(
     os.kill(processes_of(run)[who], signal.SIGKILL)
     status = end_of(run, world)
     assert (status.state, status.reason) == (State.FAILED, reason)
+
+
+def test_what_nobody_knows_any_more_is_lost_after_a_while(
+    job: Callable[..., Path],
+    ledger: Ledger,
+    world_without_accounting: SlurmWorld,
+    slurm_without_accounting: SlurmCluster,
+) -> None:
+    """Its script was killed, the controller has forgotten it, and nobody keeps accounts."""
+    run = submit(job(SLEEP), target="world", ledger=ledger)
+    until_sleeping(run, world_without_accounting)
+    os.kill(processes_of(run)["script"], signal.SIGKILL)
+    slurm_without_accounting.wait_for_state(job_of(run), "FAILED")
+    forget_all_jobs(slurm_without_accounting)
+    status = run.status()
+    assert (status.state, status.native) == (State.UNKNOWN, "gone")
+    later = time.time() + UNSEEN_LIMIT_S + 1
+    assert refresh([run.record], ledger=ledger, now=lambda: later) == []
+    lost = Run(run.id, ledger).record
+    assert (lost.state, "it left no word in its record" in lost.last_status.reason) == (State.LOST, True)
+
+
+@pytest.mark.parametrize("script", [SLEEP, "print('sleeping')"], ids=["running", "ended"])
+def test_an_id_that_is_another_job_s_by_now_is_not_asked_and_not_cancelled(
+    script: str, run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
+) -> None:
+    run, other = run_job(SLEEP), run_job(script)
+    for each in (run, other):
+        until_sleeping(each, world)
+    other.status() if script == SLEEP else end_of(other, world)
+    reused = Handle("slurm", "world", f"{job_of(other)}.{run.id}")
+    backend = backend_of(run.record)
+    assert backend.status([reused])[reused].state is State.UNKNOWN
+    (record(other) / f"status-{job_of(other)}.json").unlink(missing_ok=True)
+    backend.cancel(reused)
+    assert other.status().state is (State.RUNNING if script == SLEEP else State.SUCCEEDED)
+
+
+# -- why it waits -----------------------------------------------------------------------------------------------------
+
+
+def reason_of(run: Run) -> str:
+    return run.status().reason
+
+
+def test_a_run_that_waits_for_others_says_so_and_when_it_may_start(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
+) -> None:
+    other = slurm.submit("sleep 600", "--exclusive", "--nodes=2", "--time=10")
+    slurm.wait_for_state(other, "RUNNING")
+    first, second = run_job(SLEEP), run_job(SLEEP)
+    expected = r"waiting for resources; SLURM expects to start it in (10m|9m \d\ds)( 00s)?"
+    until(lambda: re.fullmatch(expected, reason_of(first)), world)
+    until(lambda: reason_of(second).startswith("waiting for priority: other jobs come first"), world)
+    assert first.status().state is State.QUEUED
+
+
+@pytest.mark.parametrize(
+    ("world", "reason"),
+    [
+        ({"sbatch": ["--partition=short", "--time=10"]},
+         "will never start: it asks for more time than the partition gives (PartitionTimeLimit)"),
+        ({"sbatch": ["--nodelist=node2"]}, "a node that it needs is not available: down, drained or reserved"),
+    ],
+    indirect=["world"],
+    ids=["partition", "node"],
+)  # fmt: skip
+def test_a_run_that_can_t_start_says_why(
+    reason: str, run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
+) -> None:
+    slurm.drain("node2")
+    run = run_job(SLEEP)
+    until(lambda: reason_of(run) == reason, world)  # its first word for the partition's is another
+    assert run.status().state is State.QUEUED
+
+
+@target(partition="main", account="vision", qos="limited")
+def test_a_run_that_a_qos_keeps_waiting_says_so(run_job: StartRun, world: SlurmWorld) -> None:
+    first, second = (run_job(SLEEP, resources={"gpus": 1}) for _ in range(2))
+    until_sleeping(first, world)
+    until(lambda: "scheduler" not in reason_of(second), world)
+    assert "QOS" in reason_of(second)
+    assert "GPU" in reason_of(second)
+
+
+# -- submitted once ---------------------------------------------------------------------------------------------------
+
+
+def jobs_named(run_id: str, cluster: SlurmCluster) -> list[str]:
+    return cluster.run("squeue", "-h", "-t", "all", "--name", run_id, "-o", "%i").split()
+
+
+@pytest.fixture
+def sbatch_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a bash script in front of sbatch, in which $SBATCH is the real one; returns it, to be removed."""
+
+    def make(script: str) -> Path:
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        file = programs / "sbatch"
+        file.write_text(f"#!/bin/bash\nSBATCH={shutil.which('sbatch')}\n{script}\n")
+        file.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        return file
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        '"$SBATCH" "$@" > /dev/null; kill -KILL 0',
+        '"$SBATCH" "$@" > /dev/null; echo "sbatch: error: Batch job submission failed: Socket timed out on '
+        'send/recv operation" >&2; exit 1',
+    ],
+    ids=["cut", "timed out"],
+)
+@HELD
+def test_a_job_that_arrived_though_nobody_heard_of_it_is_adopted(
+    script: str,
+    run_job: StartRun,
+    world: SlurmWorld,
+    slurm: SlurmCluster,
+    ledger: Ledger,
+    sbatch_that: Callable[[str], Path],
+    secret: dict[str, Any],
+) -> None:
+    wrapper, run_id = sbatch_that(script), own_id("doubt")
+    with pytest.raises(UnreachableError, match=f"whether {run_id} was submitted is not known"):
+        run_job(SLEEP, run_id=run_id, **secret)
+    wrapper.unlink()
+    run = Run(run_id, ledger)
+    assert (run.record.state, run.handle) == (State.SENDING, None)
+    with pytest.raises(SpecError, match="is QUEUED and needs no resuming"):
+        run.resume()
+    run = Run(run_id, ledger)
+    assert run.status().state is State.QUEUED
+    assert [job_of(run)] == jobs_named(run.id, slurm)
+    assert secrets_left(run), "it will need them"
+    slurm.run("scontrol", "release", job_of(run))
+    until_sleeping(run, world)
+    run.cancel()
+    assert end_of(run, world).state is State.CANCELLED
+
+
+def test_a_job_that_did_not_arrive_is_sent_by_resume_and_only_once(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, ledger: Ledger, sbatch_that: Callable[[str], Path]
+) -> None:
+    wrapper = sbatch_that("kill -KILL 0")
+    with pytest.raises(UnreachableError):
+        run_job("print('hello')", run_id="promise-cut")
+    wrapper.unlink()
+    run = Run("promise-cut", ledger)
+    assert run.status().state is State.SENDING
+    later = time.time() + 61
+    refresh([run.record], ledger=ledger, now=lambda: later)
+    run = Run("promise-cut", ledger)
+    assert (run.record.state, jobs_named(run.id, slurm)) == (State.NOT_SUBMITTED, [])
+    again = run.resume()
+    assert end_of(again, world).state is State.SUCCEEDED
+    assert len(jobs_named(run.id, slurm)) == 1
+
+
+def test_two_who_submit_the_same_at_once_have_one_job(
+    job: Callable[..., Path], world: SlurmWorld, slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """With a ledger each, as on two machines."""
+    path = job(SLEEP)
+    ledgers = [Ledger(tmp_path / f"ledger-{number}", tmp_path / "cache") for number in range(3)]
+    with ThreadPoolExecutor() as pool:
+        sent = [
+            pool.submit(submit, path, target="world", run_id="promise-twice", ledger=ledger)
+            for ledger in [*ledgers, ledgers[0]]
+        ]
+    failed = [type(each.exception()) for each in sent if each.exception()]
+    assert failed == [ConflictError]
+    runs = [each.result() for each in sent if not each.exception()]
+    assert {job_of(run) for run in runs} == set(jobs_named("promise-twice", slurm))
+    assert len(jobs_named("promise-twice", slurm)) == 1
+    until_sleeping(runs[0], world)
+    runs[0].cancel()
+    assert end_of(runs[1], world).state is State.CANCELLED
+
+
+# -- secrets, exec, logs ----------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_in_no_place_where_others_look_and_are_there_in_the_next_start(
+    run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any], tmp_path: Path
+) -> None:
+    script = f"import os; print('token', len(os.environ['TOKEN']))\n{textwrap.dedent(STOPPABLE)}"
+    run = run_job(script, **secret)
+    until(lambda: "starts from None" in text_of(run), world)
+    slurm.run("scontrol", "write", "batch_script", job_of(run), tmp_path / "copy")
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    for text in (slurm.run("scontrol", "show", "job", "-d", job_of(run)), (tmp_path / "copy").read_text()):
+        assert TOKEN not in text
+    assert not any(TOKEN.encode() in words for words in commands)
+    assert secrets_left(run) == []
+    assert run.handle is not None
+    world.preempt(run.handle)
+    assert end_of(run, world).state is State.SUCCEEDED
+    assert text_of(run).count(f"token {len(TOKEN)}") == 2
+    assert secrets_left(run) == []
+
+
+def test_a_command_beside_a_run_has_its_variables_and_its_folder(
+    run_job: StartRun, world: SlurmWorld, tmp_path: Path
+) -> None:
+    run = run_job("import os, time; print(os.getcwd()); print('sleeping', flush=True); time.sleep(600)")
+    until_sleeping(run, world)
+    out = tmp_path / "out"
+    code = f"import os; open({str(out)!r}, 'w').write(os.environ['CVLAUNCH_RUN_ID'] + ' ' + os.getcwd()); exit(7)"
+    assert run.exec(["python3", "-c", code], tty=False) == 7
+    run_id, folder = out.read_text().split()
+    assert run_id == run.id
+    assert folder in text_of(run).splitlines()
+
+
+@HELD
+def test_no_command_runs_beside_a_run_that_waits(run_job: StartRun, world: SlurmWorld) -> None:
+    run = run_job(SLEEP)
+    with pytest.raises(SpecError, match="is QUEUED; a command runs only beside a run that is going on"):
+        run.exec(["true"], tty=False)
+
+
+@pytest.mark.parametrize(
+    ("world", "code", "reason"),
+    [
+        ({"setup": ["echo before", "false"]}, 64, "this line of the target's `setup` failed: false"),
+        ({"modules": ["nothing/1.0"]}, 64, "no module nothing/1.0"),
+        ({"python": shutil.which("false")}, 1, "srun: error: node1: task 0: Exited with exit code 1"),
+    ],
+    indirect=["world"],
+    ids=["setup", "module", "python"],
+)
+def test_what_ends_before_the_runner_shows_what_slurm_printed(
+    code: int, reason: str, run_job: StartRun, world: SlurmWorld
+) -> None:
+    run = run_job("print('never')")
+    status = end_of(run, world)
+    assert (status.state, status.exit_code, status.reason) == (State.FAILED, code, reason)
+    lines = [line.text for line in run.logs(follow=True)]
+    assert any(reason in line for line in lines)
+    again = list(run.logs(since=next(iter(run.logs())).cursor))
+    assert [line.text for line in again] == lines[1:]
+
+
+def test_lines_of_two_nodes_say_which(run_job: StartRun, world: SlurmWorld) -> None:
+    run = run_job("import os; print('hello from', os.environ['CVLAUNCH_NODE_RANK'])", resources={"nodes": 2})
+    assert end_of(run, world).state is State.SUCCEEDED
+    said = {(line.node, line.text) for line in run.logs() if line.text.startswith("hello")}
+    assert said == {(0, "hello from 0"), (1, "hello from 1")}

@@ -121,7 +121,7 @@ def test_a_state_that_nobody_has_heard_of_is_unknown(
     programs = tmp_path / "bin"
     programs.mkdir()
     squeue = programs / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho '7|{word}|1700000000|1700000001|N/A|node1|a-run|None|cvlaunch:a-run'\n")
+    squeue.write_text(f"#!/bin/sh\necho '7|{word}|1700000000|1700000001|N/A|node1|a-run|normal|None|cvlaunch:a-run'\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     backend = SlurmBackend(SlurmTarget(root=str(tmp_path)), "hpc")

@@ -87,7 +87,7 @@ class Listed:
 class Evidence:
     """What is known of a job that squeue does not show going on.
 
-    status: what its script left. result, notice: the runner's. said: the last line of SLURM's output of it.
+    status: what its script left. result, notice: the runner's. said: the line of SLURM's output of it that tells most.
     account: SLURM's own words, by the keys of scontrol.
     """
 

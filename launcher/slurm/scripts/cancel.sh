@@ -1,13 +1,21 @@
 # Ends a job: $1 record, $2 id. A job that runs is told, and has its grace; told again, it has SLURM's (KillWait).
-record=$1 id=$2
-word=$(squeue --noheader --jobs "$id" --format %T 2> /dev/null)
+record=$1 id=$2 run=${1##*/}
+if ! said=$(squeue --noheader --jobs "$id" --format '%T|%j|%k' 2>&1); then
+    case $said in
+        *"Invalid job id"*) said='' ;;
+        *) printf '%s\n' "$said" >&2; exit 1 ;;
+    esac
+fi
+IFS='|' read -r word name comment <<< "$said"
+case $id in # it may be another job's by now
+    *_*) [[ $name = cvlaunch-* ]] || word='' ;;
+    *) [[ $name = "$run" || $comment = "cvlaunch:$run" ]] || word='' ;;
+esac
 rm -f -- "$record/secrets"
 if [ "$word" = RUNNING ] && [ ! -e "$record/cancelled" ]; then
     touch "$record/cancelled"
     exec scancel --batch --signal=USR1 "$id"
 fi
 [ ! -d "$record" ] || touch "$record/cancelled"
-case $word in
-    '' | COMPLETED | CANCELLED | FAILED | TIMEOUT | NODE_FAIL | OUT_OF_MEMORY | DEADLINE | BOOT_FAIL) exit 0 ;;
-esac
+[ -n "$word" ] || exit 0
 exec scancel "$id"

@@ -5,12 +5,12 @@ shift 7
 command -v sbatch > /dev/null || { printf 'sbatch\t\n'; exit 0; }
 for folder in "$root" "$output"; do
     [ -n "$folder" ] || continue
-    made=() there=$folder
-    until [ -e "$there" ]; do made+=("$there") there=$(dirname -- "$there"); done
-    said=$( (mkdir -p -- "$folder" && touch -- "$folder/.cvlaunch-probe" && rm -f -- "$folder/.cvlaunch-probe") 2>&1) ||
+    there=$folder # nothing is to stay of a job that is refused, so the folder itself is not made
+    until [ -e "$there" ]; do there=$(dirname -- "$there"); done
+    tried=$there/.cvlaunch-$$-$RANDOM
+    said=$( (touch -- "$tried" && rm -f -- "$tried") 2>&1) ||
         printf 'folder\t%s\n' "$(printf '%s' "$said" | tail -n 1)"
     printf 'free\t%s\n' "$(df -P -k -- "$there" 2>/dev/null | awk 'NR == 2 { print $4 }')"
-    [ "${#made[@]}" = 0 ] || rmdir -- "${made[@]}" 2>/dev/null # nothing is to stay of a job that is refused
 done
 if [ -n "$python" ] && [ ! -x "$python" ]; then printf 'python\t%s\n' "$python"; fi
 if [ -n "$library" ] && [ ! -d "$library" ]; then printf 'library\t%s\n' "$library"; fi

@@ -1,5 +1,5 @@
 # How jobs ended, or whether they did: $1 folder of all records; on stdin `RUN ID` a line. Prints lines of a letter, an id
-# and text, parted by tabs: S status, R the runner's result, N its notice, X cancelled, O the last line of SLURM's output,
+# and text, parted by tabs: S status, R the runner's result, N its notice, X cancelled, O a line of SLURM's output,
 # C scontrol's account, A sacct's. scontrol is asked once for an array, and no process is started for an element that has
 # succeeded: there may be thousands, and login nodes are slow at that.
 export SLURM_TIME_FORMAT=%s SLURM_BITSTR_LEN=0
@@ -12,14 +12,24 @@ tell() { # the file's text in one line; false if it is not there
     IFS= read -r -d '' text < "$2"
     printf '%s\t%s\t%s\n' "$1" "$id" "${text//$'\n'/}"
 }
+last_words() { # what a job itself has said; else why, by srun's word
+    local line said='' error=''
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in
+            'srun: error:'* | slurmstepd*) error=$line ;;
+            '' | srun:*) ;;
+            *) said=$line ;;
+        esac
+    done
+    text=${said:-$error}
+    printf '%s' "${text//[$'\t\r']/ }"
+}
 while read -r run id; do
     cd -- "$records/$run" 2>/dev/null || { missing+=("$id"); continue; }
     asked[${id%%_*}]=yes wanted[$id]=$run
     tell S "status-$id.json"
     if [[ $text != *'"code": 0,'* ]] && [ -e "slurm-$id.out" ]; then
-        text=$(tail -c 4096 -- "slurm-$id.out")
-        text=${text//[$'\t\r']/ }
-        printf 'O\t%s\t%s\n' "$id" "${text##*$'\n'}"
+        printf 'O\t%s\t%s\n' "$id" "$(tail -c 4096 -- "slurm-$id.out" | last_words)"
     fi 2>/dev/null
     tell R "result-$id.json"
     tell N "notice-$id.json"

@@ -6,9 +6,10 @@ umask 022
 (umask 077 && mkdir -p -- "$record") && cd -- "$record" || exit 46
 exec 9> lock
 flock -w 60 9 2>/dev/null # some file systems have no locks
-(umask 077 && head -c "$4" > .job.sh && head -c "$5" > .secrets) || exit 46
-if [ "$(stat -c '%s' .job.sh)" != "$4" ] || [ "$(stat -c '%s' .secrets)" != "$5" ]; then
+if ! (umask 077 && head -c "$4" > .job.sh && head -c "$5" > .secrets) ||
+    [ "$(stat -c '%s' .job.sh)" != "$4" ] || [ "$(stat -c '%s' .secrets)" != "$5" ]; then
     rm -f .job.sh .secrets
+    [ -e job.sh ] || rm -rf -- "$record"
     exit 46
 fi
 if [ -e job.sh ] && ! cmp -s .job.sh job.sh; then

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from launcher.metrics import Metrics
-    from launcher.run import Run, attach, render, runs, submit
+    from launcher.run import Run, attach, render, runs, submit, submit_many
     from launcher.spec import JobSpec
     from launcher.status import State, Status
 
@@ -51,6 +51,7 @@ __all__ = [
     "render",
     "runs",
     "submit",
+    "submit_many",
 ]
 
 _HOMES = {
@@ -63,6 +64,7 @@ _HOMES = {
     "render": "run",
     "runs": "run",
     "submit": "run",
+    "submit_many": "run",
 }
 
 

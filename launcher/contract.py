@@ -214,7 +214,8 @@ class JobFile:
     contract: int = CONTRACT
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        channels = [dataclasses.asdict(channel) for channel in self.channels]
+        return {**vars(self), "channels": channels, "code": dataclasses.asdict(self.code) if self.code else None}
 
     def to_bytes(self) -> bytes:
         return canonical_json(self.to_json()) + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ def apply_settings(document: Document, settings: Iterable[str]) -> JobSpec:
     return _validate_with_settings(Document(document.file, content, _lines_without(document, parsed)), parsed)
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_setting(text: str) -> tuple[KeyPath, Any, str]:
     """`a.b=3` → (("a", "b"), 3, "3"): the value read as YAML, and as it was written."""
     key, equals, written = text.partition("=")

@@ -16,7 +16,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class RunRecord:
     version: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunRecord:
@@ -120,16 +120,20 @@ class Ledger:
 
     def create(self, record: RunRecord) -> None:
         """Durable when it returns. ConflictError if the run id is taken."""
+        if self.create_many([record]):
+            raise ConflictError(f"there is a run {record.run_id!r} already; choose another --run-id")
+
+    def create_many(self, records: Sequence[RunRecord]) -> list[RunRecord]:
+        """Those whose run id is taken; the others are durable when it returns."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self._path(record.run_id)
-        part = self._write_part(record)
-        try:
-            _put_if_absent(part, path)
-        except FileExistsError:
-            raise ConflictError(f"there is a run {record.run_id!r} already; choose another --run-id") from None
-        finally:
-            part.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        taken = []
+        with self._parts(records) as parts:
+            for record, part in zip(records, parts, strict=True):
+                try:
+                    _put_if_absent(part, self._path(record.run_id))
+                except FileExistsError:
+                    taken.append(record)
+        return taken
 
     def update(
         self, run_id: str, *, only_if: Callable[[RunRecord], bool] = lambda record: True, **changes: object
@@ -138,14 +142,28 @@ class Ledger:
 
         only_if: asked about the run as it is now; if it says no, nothing is changed. Returns the run as it then is.
         """
-        with self._lock(run_id):
-            known = self.get(run_id)
-            if not only_if(known):
-                return known
-            record: RunRecord = dataclasses.replace(known, updated=time.time(), **changes)  # type: ignore[arg-type]
-            self._write_part(record).replace(self._path(run_id))
-        _sync_folder(self.folder)
-        return record
+        return self.update_many({run_id: changes}, only_if=only_if)[run_id]
+
+    def update_many(
+        self,
+        changes: Mapping[str, Mapping[str, object]],
+        *,
+        only_if: Callable[[RunRecord], bool] = lambda record: True,
+    ) -> dict[str, RunRecord]:
+        """`update` of each run (run id → fields), at the price of one: a disk makes many files durable together."""
+        with self._lock(changes):
+            known = {run_id: self.get(run_id) for run_id in changes}
+            chosen = [run_id for run_id, record in known.items() if only_if(record)]
+            now = time.time()
+            new: dict[str, RunRecord] = {
+                run_id: dataclasses.replace(known[run_id], updated=now, **changes[run_id])  # type: ignore[arg-type]
+                for run_id in chosen
+            }
+            if new:
+                with self._parts(list(new.values())) as parts:
+                    for run_id, part in zip(new, parts, strict=True):
+                        part.replace(self._path(run_id))
+        return known | new
 
     def record_status(self, run_id: str, status: Status, *, attempt: int) -> RunRecord:
         """Keeps what a platform says of a submission (`RunRecord.attempt`).
@@ -195,7 +213,7 @@ class Ledger:
         raise SpecError(f"no run has the handle {handle}; list them with: cvlaunch runs")
 
     def delete(self, run_id: str) -> None:
-        with self._lock(run_id):
+        with self._lock([run_id]):
             self._path(run_id).unlink(missing_ok=True)
 
     def ids(self) -> list[str]:
@@ -266,34 +284,41 @@ class Ledger:
         except FileNotFoundError:
             return []
 
-    def _write_part(self, record: RunRecord) -> Path:
-        part = self.folder / f".{record.run_id}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    @contextlib.contextmanager
+    def _parts(self, records: Sequence[RunRecord]) -> Iterator[list[Path]]:
+        """Durable files of their content beside their places; what the block puts into place is durable after it.
+
+        CapacityError or AuthError if they can't be written; nothing is left then.
+        """
+        parts: list[Path] = []
         try:
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                json.dump(record.to_json(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            for record in records:
+                parts.append(self.folder / f".{record.run_id}.{os.getpid()}.{secrets.token_hex(4)}.part")
+                _write_new(parts[-1], json.dumps(record.to_json()))
+            _sync_files(parts)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            _remove(parts)
             kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else AuthError
             raise kind(f"the run file in {self.folder} can't be written: {error.strerror}") from error
-        return part
+        try:
+            yield parts
+        finally:
+            _remove(parts)
+        _sync_folder(self.folder)
 
     @contextlib.contextmanager
-    def _lock(self, run_id: str) -> Iterator[None]:
+    def _lock(self, run_ids: Iterable[str]) -> Iterator[None]:
         """Held by one process at a time, and given back by the kernel when it dies.
 
         On a file system without locks (some Lustre mounts) two updates in the same moment may lose one of them.
         """
-        number = int(hashlib.sha256(run_id.encode()).hexdigest(), 16) % _LOCK_FILES
-        fd = os.open(self.folder / f".lock-{number:02}", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock_file(fd)
+        numbers = {int(hashlib.sha256(run_id.encode()).hexdigest(), 16) % _LOCK_FILES for run_id in run_ids}
+        with contextlib.ExitStack() as held:
+            for number in sorted(numbers):  # all in one order, so that no two processes wait for each other
+                fd = os.open(self.folder / f".lock-{number:02}", os.O_RDWR | os.O_CREAT, 0o600)
+                held.callback(os.close, fd)
+                _lock_file(fd)
             yield
-        finally:
-            os.close(fd)
 
 
 _LOCK_FILES = 16
@@ -365,6 +390,42 @@ def _open_index(path: Path) -> sqlite3.Connection:
         "CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, summary TEXT)"
     )
     return index
+
+
+def _write_new(path: Path, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _sync_files(paths: Sequence[Path]) -> None:
+    """Many wait for the disk together."""
+    shares = [share for share in (paths[first::_SYNCS_AT_ONCE] for first in range(_SYNCS_AT_ONCE)) if share]
+    if len(shares) == 1:
+        _sync_each(shares[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
+        list(pool.map(_sync_each, shares))
+
+
+_SYNCS_AT_ONCE = 16
+
+
+def _sync_each(paths: Iterable[Path]) -> None:
+    for path in paths:
+        fd = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _put_if_absent(part: Path, path: Path) -> None:

@@ -28,12 +28,13 @@ from launcher.rerun import prepare_again
 from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
-from launcher.submission import backend_of, prepare, reconcile, resend, send, store_of
+from launcher.submission import backend_of, prepare, reconcile_many, resend, send, store_of
+from launcher.sweep import prepare_many, send_many
 from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
 from launcher.targets import load_targets
 from launcher.watch import UNSEEN_LIMIT_S, intervals, watch
 
-__all__ = ["Run", "attach", "refresh", "render", "runs", "submit"]
+__all__ = ["Run", "attach", "refresh", "render", "runs", "submit", "submit_many"]
 
 
 def submit(
@@ -58,6 +59,29 @@ def submit(
         job, backend=backend, target=target, settings=settings, folder=folder, make=make, ledger=ledger
     ) as prepared:
         return Run(send(prepared, ledger=ledger, run_id=run_id), ledger)
+
+
+def submit_many(
+    job: JobSpec | Path | str,
+    settings: Sequence[Sequence[str]],
+    *,
+    backend: str | None = None,
+    target: str | None = None,
+    folder: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    ledger: Ledger | None = None,
+) -> list[Run]:
+    """Sends a sweep: the same job once for each list of settings, in as few calls as the platform allows.
+
+    settings: like `submit` has them: `[["train.seed=0"], ["train.seed=1"]]`. Each run gets the tags `sweep`, the same
+    for all (the job may have one), and `settings`, what is its own. SpecError before anything is sent; CapacityError
+    and AuthError may come when a part has been sent, and say so.
+    """
+    ledger, make = ledger or Ledger(), progress or _silently
+    with prepare_many(
+        job, settings, backend=backend, target=target, folder=folder, make=make, ledger=ledger
+    ) as prepared:
+        return [Run(record, ledger) for record in send_many(prepared, ledger=ledger)]
 
 
 def _silently(line: str) -> None:
@@ -370,12 +394,13 @@ def refresh(
     """
     groups: dict[str, list[RunRecord]] = defaultdict(list)
     silent: list[tuple[str, str]] = []
-    for record in records:
-        if _settled_for_good(record.state):
+    for known in records:
+        if _settled_for_good(known.state):
             continue
-        with _silence_noted(record.target_name, silent):
-            if settled := _reconciled(record.run_id, ledger, now()):
-                groups[f"{settled.backend}:{settled.target_name}:{settled.target}"].append(settled)
+        with _silence_noted(known.target_name, silent):
+            if known.run_id in ledger:
+                record = ledger.get(known.run_id)
+                groups[f"{record.backend}:{record.target_name}:{record.target}"].append(record)
     for group in groups.values():
         with _silence_noted(group[0].target_name, silent):
             _refresh_group(group, ledger, now())
@@ -395,19 +420,15 @@ def _silence_noted(target: str, silent: list[tuple[str, str]]) -> Iterator[None]
         silent.append((target, str(error)))
 
 
-def _reconciled(run_id: str, ledger: Ledger, now: float) -> RunRecord | None:
-    """The run as it is now, if there is something to ask the platform; None also if it has been removed."""
-    if run_id not in ledger or _settled_for_good(ledger.get(run_id).state):
-        return None
-    record = reconcile(ledger.get(run_id), ledger=ledger, now=now)
-    return record if record.handle else None
-
-
 def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> None:
-    handles = {record.run_id: Handle.parse(record.handle) for record in group if record.handle}
-    answers = backend_of(group[0]).status(list(handles.values()))
-    for record in group:
-        if record.run_id in ledger:
+    """group: runs of one target."""
+    known = reconcile_many([run for run in group if not _settled_for_good(run.state)], ledger=ledger, now=now)
+    handles = {record.run_id: Handle.parse(record.handle) for record in known if record.handle}
+    if not handles:
+        return
+    answers = backend_of(known[0]).status(list(handles.values()))
+    for record in known:
+        if record.run_id in handles and record.run_id in ledger:
             status = answers[handles[record.run_id]]
             _keep(record, _settled(record, status, now), ledger, now)
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from launcher import manifest
 from launcher.backends import load_backend
-from launcher.backends.base import Backend, Job, Output, Plan
+from launcher.backends.base import Backend, Handle, Job, Output, Plan
 from launcher.contract import HEARTBEAT
 from launcher.dataset import check_channel
 from launcher.errors import (
@@ -46,12 +46,18 @@ from launcher.stores import StorageOptions, Store, is_uri, join_uri, open_store
 from launcher.targets import Selected, Targets, load_targets
 
 __all__ = [
+    "REFUSALS",
     "Prepared",
+    "accepted",
     "backend_of",
+    "carry_out",
     "client_secrets",
+    "fresh_run_id",
     "prepare",
     "push_channels",
     "reconcile",
+    "reconcile_many",
+    "record_of",
     "resend",
     "send",
     "store_of",
@@ -144,36 +150,43 @@ def _placed(error: SpecError, path: Path | None) -> SpecError:
 
 def send(prepared: Prepared, *, ledger: Ledger, run_id: str | None = None) -> RunRecord:
     """Submits. SpecError if the platform would refuse it; nothing is left behind then."""
+    values = accepted(prepared)
+    plan, record = _enter(prepared, ledger, run_id)
+    return carry_out([plan], [record], prepared.backend, values, ledger=ledger)[0]
+
+
+def accepted(prepared: Prepared) -> dict[str, str]:
+    """The values of its secrets. SpecError if something is missing here, or the platform would refuse it."""
     problems = [p for p in prepared.backend.check(prepared.job) if p.fatal]
     if problems:
         raise SpecError(problems[0].message, key=problems[0].thing)
     values = client_secrets(prepared.job.spec, prepared.folder)
     if missing := prepared.plan().placeholders:
         raise SpecError(f"{missing[0]} must be given before this can be sent")
-    plan, record = _enter(prepared, ledger, run_id)
-    return _carry_out(plan, record, prepared.backend, values, ledger)
+    return values
 
 
 def _enter(prepared: Prepared, ledger: Ledger, run_id: str | None) -> tuple[Plan, RunRecord]:
     """Writes the run file under a run id that nobody has."""
-    while True:
-        chosen = (
-            valid_run_id(run_id)
-            if run_id
-            else new_run_id(prepared.job.spec.name, now=time.time(), randomness=random_source.randbits(13))
-        )
-        plan = prepared.plan(chosen)
-        record = _record(prepared, plan)
-        try:
-            ledger.create(record)
-        except ConflictError:
-            if run_id:
-                raise
-            continue
+    owner = ProcessId.of().to_json()
+    if run_id:
+        plan = prepared.plan(valid_run_id(run_id))
+        record = record_of(prepared, plan, owner)
+        ledger.create(record)
         return plan, record
+    while True:
+        plan = prepared.plan(fresh_run_id(prepared.job.spec))
+        record = record_of(prepared, plan, owner)
+        if not ledger.create_many([record]):
+            return plan, record
 
 
-def _record(prepared: Prepared, plan: Plan) -> RunRecord:
+def fresh_run_id(spec: JobSpec) -> str:
+    return new_run_id(spec.name, now=time.time(), randomness=random_source.randbits(13))
+
+
+def record_of(prepared: Prepared, plan: Plan, owner: Mapping[str, Any]) -> RunRecord:
+    """The run file of a submission that begins. owner: this process."""
     job = prepared.job
     return RunRecord(
         run_id=plan.run_id,
@@ -184,7 +197,7 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
         target_name=job.target_name,
         target=job.target.model_dump(mode="json"),
         output=job.output,
-        owner=ProcessId.of().to_json(),
+        owner=owner,
         plan={
             "text": plan.text,
             "plan_sha": plan.plan_sha,
@@ -205,47 +218,93 @@ def _record(prepared: Prepared, plan: Plan) -> RunRecord:
     )
 
 
-def _carry_out(plan: Plan, record: RunRecord, backend: Backend, values: Mapping[str, str], ledger: Ledger) -> RunRecord:
+def carry_out(
+    plans: Sequence[Plan],
+    records: Sequence[RunRecord],
+    backend: Backend,
+    values: Mapping[str, str],
+    *,
+    ledger: Ledger,
+    attempt: int = 1,
+) -> list[RunRecord]:
+    """Steps 2 to 5 for runs that stand in the ledger, in one call of the backend.
+
+    After an error each run is NOT_SUBMITTED, or in doubt, or was sent before the platform said no to another.
+    """
+    run_ids = [record.run_id for record in records]
     try:
-        _store_files(plan, record, backend)
+        _store_files(plans, records, backend)
     except BaseException as error:  # Ctrl-C, too: nothing has been sent
-        _note_refusal(record, error, ledger)
+        _note_refusal(run_ids, error, ledger)
         raise
-    ledger.update(record.run_id, state=State.SENDING)
+    preparing = [record.run_id for record in records if record.state is State.PREPARING]
+    ledger.update_many({run_id: {"state": State.SENDING} for run_id in preparing})
     try:
-        handle = backend.submit(plan, values, attempt=record.attempt)
-    except _REFUSALS as error:
-        _note_refusal(record, error, ledger)
+        handles = backend.submit_many(plans, values, attempt=attempt)
+    except REFUSALS as error:
+        _settle_refused(run_ids, error, backend, ledger)
         raise
     except BaseException as error:
-        raise _in_doubt(record, error, ledger) from error
-    return ledger.update(record.run_id, state=State.QUEUED, handle=str(handle), status={}, owner={})
+        raise _in_doubt(run_ids, error, ledger) from error
+    sent = _note_sent(dict(zip(run_ids, handles, strict=True)), ledger)
+    return [sent[run_id] for run_id in run_ids]
 
 
-_REFUSALS = (SpecError, AuthError, CapacityError, ConflictError)
+REFUSALS = (SpecError, AuthError, CapacityError, ConflictError)
 """The platform has said no; after anything else, the job may have arrived."""
+_STORED_AT_ONCE = 8
 
 
-def _store_files(plan: Plan, record: RunRecord, backend: Backend) -> None:
-    if plan.files:
-        store = store_of(record, backend)
+def _store_files(plans: Sequence[Plan], records: Sequence[RunRecord], backend: Backend) -> None:
+    """Into each run's own folder, several at a time."""
+
+    def store(plan: Plan, record: RunRecord) -> None:
+        place = store_of(record, backend)
         for path, content in plan.files.items():
-            store.write(path, Path(content) if isinstance(content, str) else content)
+            place.write(path, Path(content) if isinstance(content, str) else content)
+
+    if not any(plan.files for plan in plans):
+        return
+    if len(plans) == 1:
+        store(plans[0], records[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_STORED_AT_ONCE) as pool:
+        list(pool.map(store, plans, records))
 
 
-def _note_refusal(record: RunRecord, error: BaseException, ledger: Ledger) -> None:
-    reason = str(error) or type(error).__name__
-    ledger.update(record.run_id, state=State.NOT_SUBMITTED, status={"reason": reason}, owner={})
+def _note_sent(handles: Mapping[str, Handle], ledger: Ledger) -> dict[str, RunRecord]:
+    queued: dict[str, object] = {"state": State.QUEUED, "status": {}, "owner": {}}
+    return ledger.update_many({run_id: {**queued, "handle": str(handle)} for run_id, handle in handles.items()})
 
 
-def _in_doubt(record: RunRecord, error: BaseException, ledger: Ledger) -> BaseException:
+def _note_refusal(run_ids: Sequence[str], error: BaseException, ledger: Ledger) -> None:
+    status = {"reason": str(error) or type(error).__name__}
+    changes = {"state": State.NOT_SUBMITTED, "status": status, "owner": {}}
+    ledger.update_many(dict.fromkeys(run_ids, changes))
+
+
+def _settle_refused(run_ids: Sequence[str], error: CvlaunchError, backend: Backend, ledger: Ledger) -> None:
+    """Of many, some may have been taken before one was refused. Where nobody can say, `reconcile` asks again."""
+    try:
+        found = backend.find(run_ids) if len(run_ids) > 1 else {}
+    except (CvlaunchError, OSError):
+        ledger.update_many({run_id: {"owner": {}} for run_id in run_ids})
+        return
+    _note_sent(found, ledger)
+    _note_refusal([run_id for run_id in run_ids if run_id not in found], error, ledger)
+
+
+def _in_doubt(run_ids: Sequence[str], error: BaseException, ledger: Ledger) -> BaseException:
     """Gives up ownership, so that `reconcile` may ask even while this process lives on. The error to raise."""
-    ledger.update(record.run_id, owner={})
+    ledger.update_many({run_id: {"owner": {}} for run_id in run_ids})
     if not isinstance(error, CvlaunchError | OSError):
         return error
+    what, one = (run_ids[0],) * 2 if len(run_ids) == 1 else (f"each of {len(run_ids)} runs", "RUN")
     return UnreachableError(
-        f"{error}; whether {record.run_id} was submitted is not known: `cvlaunch runs` will ask, "
-        f"and `cvlaunch submit --resume {record.run_id}` sends it if it was not"
+        f"{error}; whether {what} was submitted is not known: `cvlaunch runs` will ask, "
+        f"and `cvlaunch submit --resume {one}` sends it if it was not"
     )
 
 
@@ -269,7 +328,7 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
         raise SpecError(f"{seen.run_id} was cut off before {missing[0]} was stored; submit the job file again")
     values = client_secrets(JobSpec.model_validate(seen.job["spec"]), Path(seen.job["folder"]))
     mine = _take_over(seen, ledger)
-    return _carry_out(_stored_plan(mine), mine, backend, values, ledger)
+    return carry_out([_stored_plan(mine)], [mine], backend, values, ledger=ledger, attempt=mine.attempt)[0]
 
 
 def _heard_of(store: Store) -> bool:
@@ -317,19 +376,38 @@ def _stored_plan(record: RunRecord) -> Plan:
 
 def reconcile(record: RunRecord, *, ledger: Ledger, now: float | None = None) -> RunRecord:
     """Settles a submission that nobody carries on: adopts the job that the platform has, or says that there is none."""
+    return reconcile_many([record], ledger=ledger, now=now)[0]
+
+
+def reconcile_many(records: Sequence[RunRecord], *, ledger: Ledger, now: float | None = None) -> list[RunRecord]:
+    """`reconcile` of runs of one target, whose platform is asked once, and only if one of them is in doubt."""
+    seen = [_without_platform(record, ledger) for record in records]
+    doubtful = [record for record in seen if record.state is State.SENDING and not record.owner_alive]
+    if not doubtful:
+        return seen
+    backend = backend_of(doubtful[0])
+    found = backend.find([record.run_id for record in doubtful])
+    now = time.time() if now is None else now
+    settled = {
+        record.run_id: _by_platform(record, found.get(record.run_id), backend.doubt_s, ledger, now)
+        for record in doubtful
+    }
+    return [settled.get(record.run_id, record) for record in seen]
+
+
+def _without_platform(record: RunRecord, ledger: Ledger) -> RunRecord:
     if record.state not in (State.PREPARING, State.SENDING) or record.owner_alive:
         return record
     seen = ledger.get(record.run_id)  # it may have been finished between our reading it and its owner's end
-    if seen.state not in (State.PREPARING, State.SENDING) or seen.owner_alive:
+    if seen.state is not State.PREPARING or seen.owner_alive:
         return seen
-    if seen.state is State.PREPARING:
-        return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
-    backend = backend_of(seen)
-    found = backend.find([seen.run_id]).get(seen.run_id)
+    return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
+
+
+def _by_platform(seen: RunRecord, found: Handle | None, doubt_s: float, ledger: Ledger, now: float) -> RunRecord:
     if found is not None:
         return _settle(seen, ledger, state=State.QUEUED, handle=str(found), status={}, owner={})
-    now = time.time() if now is None else now
-    if now - (seen.unseen_since or now) >= backend.doubt_s:
+    if now - (seen.unseen_since or now) >= doubt_s:
         return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
     return seen if seen.unseen_since else _settle(seen, ledger, unseen_since=now)
 

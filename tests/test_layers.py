@@ -28,7 +28,7 @@ ROWS = [
     "targets",
     "resolve",
     "compare submission",
-    "adopt rehearse rerun",
+    "adopt rehearse rerun sweep",
     "run",
     "testing cli launcher",
 ]

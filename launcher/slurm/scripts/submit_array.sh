@@ -35,7 +35,7 @@ if [ ! -e id ]; then
     [ "${#earlier[@]}" = "$count" ] || xargs -d '\n' mv -t "$records" -- < fresh || exit 46
     for ((index = 0; index < count; index++)); do
         run=${runs[index]}
-        printf '%s\n' "$submission" > "$records/$run/submission"
+        [ "$submission" = 1 ] || printf '%s\n' "$submission" > "$records/$run/submission"
         printf '%s %d\n' "$name" "$index" > "$records/$run/array-$submission" # where to look if we are cut off now
     done
     cat header - > array.sh << 'ARRAY'

@@ -106,7 +106,11 @@ def _print_runs(found: Sequence[RunSummary], out: Out) -> None:
         Column("TARGET"),
         Column("REASON", whole=False),
     ]
-    out.table(columns, [_row(run, now) for run in found])
+    rows = [_row(run, now) for run in found]
+    if any("sweep" in run.tags for run in found):
+        columns.insert(-1, Column("SETTINGS", whole=False))
+        rows = [(*row[:-1], run.tags.get("settings", ""), row[-1]) for row, run in zip(rows, found, strict=True)]
+    out.table(columns, rows)
 
 
 def _row(run: RunSummary, now: float) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,13 @@ sync_option = click.option(
 @place_options
 @click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Mark the run. May be repeated.")
 @click.option("--run-id", metavar="ID", help="Choose the run's id.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    metavar="KEY=VALUE,VALUE",
+    multiple=True,
+    help="Send one run for each value: train.seed=0,1,2. Repeated: for each combination.",
+)
 @click.option("--push-data", metavar="[=URI]", help="First push folders of this machine to where the target sees them.")
 @click.option(
     "--resume",
@@ -58,6 +66,7 @@ def submit(
     job: Path | None,
     settings: tuple[str, ...],
     tags: tuple[str, ...],
+    sweeps: tuple[str, ...],
     resume: str | None,
     follow: bool,
     sync_to: Path | None,
@@ -68,17 +77,23 @@ def submit(
 
     The handle stands alone on stdout, so that a script can take it; all else goes to stderr. The same job file goes to
     every target: --target or --backend chooses.
+
+    With --sweep it sends one run for each combination of values, up to 1000, and prints a handle a line: arrays on a
+    cluster; on this machine all of them start at once. `cvlaunch runs --tag sweep=ID` lists them with their values;
+    --tag sweep=NAME chooses the ID.
     """
     if (job is None) == (resume is None):
         raise SpecError("give a job file, or --resume RUN")
     if resume is not None:
-        _refuse_with_resume(settings, tags, how)
+        _refuse_with_resume(settings, tags, {"sweep": sweeps, **how})
         return _announce(find_run(resume).resume(), out, follow=follow, sync_to=sync_to)
     assert job is not None  # noqa: S101 for mypy
     settings += _tag_settings(tags)
     push_to = how.pop("push_data")
     if push_to is not None:
         settings += _push(job, push_to, settings, how["backend"], how["target"], out)
+    if sweeps:
+        return _sweep(job, settings, sweeps, out, follow=follow or sync_to is not None, **how)
     run = _submit(job, settings, out, **how)
     return _announce(run, out, follow=follow, sync_to=sync_to)
 
@@ -112,7 +127,7 @@ def rerun(
     return _announce(again, out, follow=follow, sync_to=sync_to, facts=facts)
 
 
-def _refuse_with_resume(settings: tuple[str, ...], tags: tuple[str, ...], how: dict[str, str | None]) -> None:
+def _refuse_with_resume(settings: tuple[str, ...], tags: tuple[str, ...], how: Mapping[str, object]) -> None:
     given = [name for name, value in {"set": settings, "tag": tags, **how}.items() if value]
     if given:
         raise SpecError(f"--resume sends the stored job as it is; leave out --{given[0].replace('_', '-')}")
@@ -162,6 +177,43 @@ def _submit(
 
     with _sending(), engine_lines(out) as progress:
         return submit(job, settings=settings, backend=backend, target=target, run_id=run_id, progress=progress)
+
+
+def _sweep(
+    job: Path,
+    settings: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    out: Out,
+    *,
+    follow: bool,
+    backend: str | None,
+    target: str | None,
+    run_id: str | None,
+) -> int:
+    from launcher.cli.shapes import run_json
+    from launcher.run import submit_many
+    from launcher.sweep import SWEEP_TAG, combinations
+
+    if follow:
+        raise SpecError("a sweep is many runs; follow one of them: cvlaunch watch RUN", key="--follow")
+    if run_id:
+        raise SpecError("each run of a sweep has an id of its own; name the sweep: --tag sweep=NAME", key="--run-id")
+    each = [[*settings, *own] for own in combinations(sweeps)]
+    with _sending(), engine_lines(out) as progress:
+        runs = submit_many(job, each, backend=backend, target=target, progress=progress)
+    records = [run.record for run in runs]
+    sweep = records[0].tags[SWEEP_TAG]
+    out.note(f"sweep {sweep}: {len(runs)} runs on target {records[0].target_name}")
+    for reason in dict.fromkeys(reason for record in records for reason in record.plan["unpinned"]):
+        out.note(f"unpinned: {reason}")
+    for warning in dict.fromkeys(warning for record in records for warning in record.plan["warnings"]):
+        out.warn(warning)
+    if out.as_json:
+        out.document([run_json(record) for record in records])
+    else:
+        out.data("\n".join(str(run.handle) for run in runs))
+    out.note(f"list them: cvlaunch runs --tag {SWEEP_TAG}={shlex.quote(sweep)}")
+    return 0
 
 
 @contextlib.contextmanager

@@ -189,6 +189,15 @@ def test_a_name_of_spaces_and_quotes(site: Site) -> None:
     assert run.record.name == name
 
 
+def test_a_container_tool_that_no_node_has(site: Site, tmp_path: Path) -> None:
+    """The login node need not have it, so that only the job can tell."""
+    (tmp_path / "image.sif").touch()
+    job = site.write({"container_command": "apptainer"}, {"image": str(tmp_path / "image.sif")})
+    status = submit(job, target="hpc").wait(timeout=60)
+    assert status.state is State.FAILED
+    assert status.reason.startswith("its node has no apptainer; see container_command")
+
+
 # -- a controller that is away ----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from launcher.backends.base import Handle
 from launcher.backends.slurm import SlurmBackend, SlurmTarget
 from launcher.slurm.words import ENDED, STATES, STUCK, reason_words, state_word
-from launcher.status import State
+from launcher.status import State, Status
 
 # JOB STATE CODES of squeue(1) and sacct(1), 20.11 to 25.05
 MANUAL = """
@@ -111,20 +112,78 @@ def test_what_never_starts_says_so_with_slurm_s_word() -> None:
         assert reason_words(word) == f"will never start: {STUCK[word]} ({word})"
 
 
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Status]:
+    """The status of job 7 of run `a-run` on a cluster whose commands print the given texts."""
+
+    def status_of(run: str = "a-run", **outputs: str) -> Status:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in ("squeue", "scontrol", "sacct", "sacctmgr"):
+            script = f"cat <<'TEXT'\n{outputs[name]}\nTEXT" if name in outputs else f"exit {int(name != 'squeue')}"
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        (tmp_path / "jobs" / run).mkdir(parents=True)
+        handle = Handle("slurm", "hpc", f"7.{run}")
+        return SlurmBackend(SlurmTarget(root=str(tmp_path)), "hpc").status([handle])[handle]
+
+    return status_of
+
+
 @pytest.mark.parametrize(
     ("word", "state"), [("BORROWED", State.UNKNOWN), ("RUNNING", State.RUNNING), ("COMPLETING", State.FINALIZING)]
 )
-def test_a_state_that_nobody_has_heard_of_is_unknown(
-    word: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_that_nobody_has_heard_of_is_unknown(word: str, state: State, programs: Callable[..., Status]) -> None:
     """A squeue that speaks of it stands for a SLURM to come."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    squeue = programs / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho '7|{word}|1700000000|1700000001|N/A|node1|a-run|normal|None|cvlaunch:a-run'\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    backend = SlurmBackend(SlurmTarget(root=str(tmp_path)), "hpc")
-    handle = Handle("slurm", "hpc", "7.a-run")
-    status = backend.status([handle])[handle]
+    status = programs(squeue=f"7|{word}|1700000000|1700000001|N/A|node1|a-run|normal|None|cvlaunch:a-run")
     assert (status.state, status.native, status.node) == (state, word, "node1")
+
+
+ENDS = [
+    ("CANCELLED", State.CANCELLED, "cancelled with scancel"),
+    ("COMPLETED", State.SUCCEEDED, ""),
+    ("FAILED", State.FAILED, "its script was killed by signal 9 (Killed)"),
+    ("OUT_OF_MEMORY", State.FAILED, "out of memory: the kernel killed it; ask for more with resources.memory"),
+    ("TIMEOUT", State.TIMED_OUT, "killed at its time limit"),
+    ("NODE_FAIL", State.ERROR, "its node failed: node1"),
+    ("BOOT_FAIL", State.ERROR, "its nodes could not be started"),
+    ("DEADLINE", State.ERROR, "its deadline passed before it could end"),
+    ("PREEMPTED", State.FAILED, "preempted, and SLURM did not put it back into the queue"),
+    ("REVOKED", State.ERROR, "taken back: a cluster of the federation has it"),
+]
+"""Of a job whose script has left no word."""
+
+
+@pytest.mark.parametrize(("word", "state", "reason"), ENDS, ids=[end[0] for end in ENDS])
+@pytest.mark.parametrize("program", ["scontrol", "sacct"])
+def test_every_end_by_the_controller_and_by_the_accounts(
+    program: str, word: str, state: State, reason: str, programs: Callable[..., Status]
+) -> None:
+    code = "0:9" if word == "FAILED" else "0:0"
+    texts = {
+        "scontrol": f"JobId=7 JobName=a-run JobState={word} Reason=None ExitCode={code} NodeList=node1",
+        "sacct": f"7|a-run|{word}|{code}|1700000000|1700000009|node1",
+    }
+    status = programs(**{program: texts[program]})
+    assert (status.state, status.native, status.reason) == (state, word, reason)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"sacct": "7|a-run|RUNNING|0:0|1700000000|Unknown|node1"},
+        {"sacct": "7|another|COMPLETED|0:0|1700000000|1700000009|node1"},
+        {"scontrol": "JobId=7 JobName=another JobState=COMPLETED ExitCode=0:0 NodeList=node1"},
+        {"squeue": "7|COMPLETED|1700000000|1700000001|N/A|node1|another|normal|None|"},
+        {},
+    ],
+    ids=["out of date", "another by accounts", "another by scontrol", "another by squeue", "nothing"],
+)
+def test_what_nobody_knows_is_unknown(outputs: dict[str, str], programs: Callable[..., Status]) -> None:
+    assert programs(**outputs).state is State.UNKNOWN
+
+
+def test_a_job_that_was_sent_under_another_name_is_known_by_its_comment(programs: Callable[..., Status]) -> None:
+    status = programs(squeue="7|RUNNING|1700000000|1700000001|N/A|node1|renamed|normal|None|cvlaunch:a-run")
+    assert status.state is State.RUNNING

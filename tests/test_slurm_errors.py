@@ -78,7 +78,7 @@ UNREADABLE = {
     "no image": ({"container_command": ["run", "{binds}"]}, "container_command: no word has {image}"),
     "no folder": ({"container_command": ["run", "{image}"]}, "the run's folder could not be seen"),
     "no field": ({"container_command": ["run", "{imgae}"]}, "{imgae} is no field; there are {binds}"),
-    "no option": ({"sbatch": ["-N2"]}, "sbatch.0: expected an option of sbatch, such as --nice=100, found '-N2'"),
+    "no option": ({"sbatch": ["-N2"]}, "sbatch.0: expected an option of sbatch"),
     "scratch": ({"scratch": "tmp"}, "scratch: expected an absolute path, or one below a variable"),
     "no key": ({"partitoin": "main"}, "partitoin: unknown key; did you mean 'partition'?"),
 }

@@ -851,4 +851,7 @@ def _killed(who: str, number: int) -> str:
 
 
 def _said(found: Evidence) -> str:
-    return found.said.removeprefix("cvlaunch: ")[:300]
+    text = found.said.removeprefix("cvlaunch: ")[:300]
+    if missing := re.search(r"execve\(\): (\S+): No such file", text):
+        return f"its node has no {missing[1]}; see container_command, python and modules of the target ({text})"
+    return text

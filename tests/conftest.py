@@ -44,6 +44,7 @@ _NEEDS = {
     "slurm": slurm_works,
     "sshd": lambda: all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("ssh", "sshd")),
     "charliecloud": lambda: shutil.which("ch-run") is not None,
+    "shellcheck": lambda: shutil.which("shellcheck") is not None,
 }
 """Name of a need → whether this machine meets it."""
 

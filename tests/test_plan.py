@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher._version import __version__
 from launcher.backends import names
 from launcher.backends.base import Image
 from launcher.backends.container import ContainerBackend, ContainerTarget
 from launcher.backends.local import LocalBackend, LocalTarget
+from launcher.backends.slurm import SlurmBackend, SlurmTarget
 from launcher.contract import Channel
 from launcher.errors import SpecError, UnsupportedError
 from launcher.ledger import Ledger
@@ -56,6 +58,79 @@ def test_golden_renderings_of_container(name: str, output: str, golden: Golden) 
     job = dataclasses.replace(job, spec=spec, image=image, channels=channels, shm=1 << 30)
     plan = make_plan(job, backend, f"{name}-0000000000", template=load_template(ContainerBackend))
     golden.check(f"container/{name}-{output.partition(':')[0]}.json", plan.text)
+
+
+def slurm(**keys: object) -> SlurmBackend:
+    facts = {"root": "/scratch/me/cvlaunch", "python": "/opt/python/bin/python", **keys}
+    return SlurmBackend(SlurmTarget.model_validate(facts), "hpc")
+
+
+def sbatch_script(name: str, backend: SlurmBackend, output: str, **changes: object) -> str:
+    """Of a fixed job; changes: of its resources, and `image` and `near`, a folder of data there."""
+    job = fixed_job(name, backend.target, "hpc", output)
+    image = Image("registry/trainer@sha256:" + "c" * 64, digest="sha256:" + "c" * 64) if backend.target.way else None
+    near = (Channel("near", "file:///data/near shapes", "mounted" if image else "path"),) if "near" in changes else ()
+    resources = job.spec.resources.model_copy(update={key: changes[key] for key in changes if key != "near"})
+    spec = job.spec.model_copy(update={"resources": resources})
+    job = dataclasses.replace(job, spec=spec, image=image, channels=(*job.channels, *near))
+    text = make_plan(job, backend, f"{name}-0000000000", template=load_template(SlurmBackend)).text
+    return text.replace(f"/cvlaunch-{__version__}", "/cvlaunch-VERSION")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("output", ["file:///out", "ssh://login1/out", "s3://bucket/runs"], ids=["file", "ssh", "s3"])
+def test_golden_renderings_of_slurm(name: str, output: str, golden: Golden) -> None:
+    backend = slurm() if output.startswith("file:") else slurm(ssh="login1")
+    golden.check(f"slurm/{name}-{output.partition(':')[0]}.sh", sbatch_script(name, backend, output))
+
+
+_EVERYTHING = {
+    "ssh": "me@login1",
+    "partition": "gpu,gpu-long",
+    "account": "vision",
+    "qos": "high",
+    "constraint": "ib&hdr",
+    "reservation": "course",
+    "spot_partition": "preempt",
+    "time": "24h",
+    "gpu_types": {"A100": "a100-sxm4"},
+    "cpus_per_gpu": 8,
+    "modules": ["CUDA/12.4", "Apptainer"],
+    "setup": ["export HTTPS_PROXY=http://$SITE_PROXY:3128", "ulimit -n 65536 || ulimit -n 4096"],
+    "scratch": "$SLURM_TMPDIR/my files",
+    "interface": "ib0",
+    "mail_user": "me@example.com",
+    "mail_type": "END,FAIL",
+    "sbatch": ["--exclusive", "--nice=100", "--licenses=matlab@flex:2", "--wckey=a 'b' $c"],
+    "storage": {"profile": "lab"},
+}
+_ASKED = {"gpus": 2, "gpu": ("A100",), "memory": 8 << 30, "timeout": 7 * 86400.0, "near": True}
+_SLURM_CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "everything": (_EVERYTHING, {**_ASKED, "nodes": 2}),
+    "everything-spot": ({**_EVERYTHING, "gpu_option": "gpus-per-node"}, {**_ASKED, "spot": True, "cpus": 4}),
+    "feature": (
+        {"constraint": "ib", "gpu_features": {"A100": "a100", "H100": "h100"}},
+        {"gpus": 1, "gpu": ("A100", "H100")},
+    ),
+    "apptainer": ({"container_command": "apptainer"}, _ASKED),
+    "singularity-nodes": ({"container_command": "singularity"}, {"nodes": 2}),
+    "pyxis": ({"container_command": "pyxis"}, _ASKED),
+    "charliecloud": ({"container_command": "charliecloud", "ssh": "login1"}, {"near": True}),
+    "words": (
+        {"container_command": ["podman-hpc", "run", "--rm", "{gpus}", "--volume={source}:{target}{mode}", "{image}"]},
+        _ASKED,
+    ),
+}
+"""Name → keys of the target, and what the job asks for."""
+
+
+@pytest.mark.parametrize("case", _SLURM_CASES)
+def test_golden_renderings_of_slurm_targets(case: str, golden: Golden) -> None:
+    keys, changes = _SLURM_CASES[case]
+    output = (
+        "s3://bucket/runs" if case == "singularity-nodes" else "ssh://login1/out" if "ssh" in keys else "file:///out"
+    )
+    golden.check(f"slurm/{case}.sh", sbatch_script("command", slurm(**keys), output, **changes))
 
 
 def test_a_profile_of_this_machine_reaches_the_runner() -> None:

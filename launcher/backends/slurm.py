@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -97,7 +97,7 @@ def _like(pattern: str, words: str) -> AfterValidator:
 
 _Word = Annotated[str, _like(r"[A-Za-z0-9_.,@:+/-]+", "one word of letters, digits and _.,@:+/-")]
 _Constraint = Annotated[str, _like(r"[A-Za-z0-9_.,:&|*()\[\]-]+", "features of nodes, such as a100&nvlink")]
-_Option = Annotated[str, _like(r"--[a-z][a-z-]*(=[^\n]*)?", "an option of sbatch, such as --nice=100")]
+_Option = Annotated[str, _like(r"--[a-z][a-z-]*(=[^\n\\]*)?", "an option of sbatch without a \\, such as --nice=100")]
 _Line = Annotated[str, _like(r"[^\n]*", "one line")]
 _Folder = Annotated[str, _like(r"(\$[A-Za-z_]\w*|/)[^\n]*", "an absolute path, or one below a variable: $SLURM_TMPDIR")]
 
@@ -328,6 +328,10 @@ class SlurmBackend:
                 binds.append(Bind(source, f"{DEFAULT_ROOT}/input/data/{channel.name}", way.read_only))
         if _needs_keys(job_file):
             binds.append(Bind("@scratch@/aws", "/tmp/.aws", way.read_only))  # noqa: S108
+        in_place = job_file.movers["output"] == "in_place"
+        _require_bindable(
+            [*(bind.source for bind in binds), _path_there(job_file.output) if in_place else "", self.target.scratch]
+        )
         image = self._image(job_file.image or {})
         gpus = way.gpus if job_file.gpus else ()
         return filled((*way.srun, *way.prefix), image=image, binds=binds, gpus=gpus)
@@ -602,6 +606,12 @@ def _path_there(output: str, *parts: str) -> str:
     """The absolute path on the cluster."""
     path = str(path_of(output)) if scheme(output) == "file" else "/" + output.split("://", 1)[1].partition("/")[2]
     return "/".join([path.rstrip("/"), *parts])
+
+
+def _require_bindable(folders: Iterable[str]) -> None:
+    for folder in folders:
+        if set(folder) & set(",:"):
+            raise SpecError(f"{folder!r} can't be bound into a container: no tool takes a comma or a colon in its name")
 
 
 def _needs_keys(job_file: JobFile) -> bool:

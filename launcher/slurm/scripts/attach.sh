@@ -6,6 +6,7 @@ shift 6
 front=("${@:1:count}")
 shift "$count"
 { read -r root && read -r scratch && read -r seen; } < "$record/places-$job" || { echo "it has not begun yet" >&2; exit 1; }
+shopt -u patsub_replacement 2>/dev/null
 front=("${front[@]//@root@/$root}")
 front=("${front[@]//@scratch@/$scratch}")
 text=$1

@@ -1,0 +1,159 @@
+#!/bin/bash
+#SBATCH --job-name=code-0000000000
+#SBATCH --comment=cvlaunch:code-0000000000
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:2
+#SBATCH --signal=B:USR1@360
+#SBATCH --requeue
+
+# A run of cvlaunch. It ends with its own exit code: 0 done, 64 bad configuration, 75 stopped with a checkpoint (then it
+# goes back into the queue by itself), 143 cancelled. How it ended stands in $record/status-<job>.json, too.
+# shellcheck disable=SC2016,SC2054,SC2317 # values stand as they are; binds have commas; what traps run is reached
+
+record=/scratch/me/cvlaunch/jobs/code-0000000000
+max_starts=20
+longest_stop=360
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
+code=1 srun='' watchdog='' secrets='' slurm='' failed='' woken=0
+
+say() { printf 'cvlaunch: %s\n' "$*" >&2; }
+fail() { say "$2"; code=$1; exit "$1"; }
+
+# Whatever ends this script: first how it ended, by rename, then what must not stay behind.
+finish() {
+    trap '' TERM USR1 INT
+    [ -z "$watchdog" ] || kill "$watchdog" 2>/dev/null
+    if [ "$(cat -- "$record/begun-$job")" != "$restarts" ]; then # SLURM gave this node up, and has started the job anew
+        rm -rf -- "$scratch"
+        exit "$code"
+    fi
+    local again=false
+    if [ -n "$watchdog" ] || stopped_early; then ask_slurm; fi
+    if stopped_early && (( restarts + 1 < max_starts )) && [ ! -e "$root/control/cancel" ] && [[ "$slurm" = "RUNNING "* ]]; then
+        again=true
+        [ -z "$secrets" ] || (umask 077 && printf '%s' "$secrets" > "$record/secrets")
+    fi
+    [ -n "$failed" ] || keep "$root/output/result.json" "result-$job.json"
+    keep "$root/input/control/notice-$job.json" "notice-$job.json"
+    leave_status "$again"
+    on_each_node rm -rf -- "$scratch"
+    if $again && ! scontrol requeue "$job"; then
+        leave_status false
+        rm -f -- "$record/secrets"
+    fi
+    exit "$code"
+}
+
+# 75 is "with a new checkpoint"; the runner may also have been stopped before there was one.
+stopped_early() {
+    [ -z "$failed" ] || return 1
+    [ "$code" = 75 ] || { own "$root/output/result.json" && grep -q '"PREEMPTED"' "$root/output/result.json"; }
+}
+
+own() {
+    fresh "$1" && grep -qF "\"native_id\": \"$job\"" "$1"
+}
+
+exit_code_in() {
+    sed -n 's/^ *"exit_code": *\([0-9]*\).*/\1/p' "$1"
+}
+
+fresh() {
+    [ -e "$1" ] && [ ! "$1" -ot "$record/begun-$job" ]
+}
+
+# SLURM's state of this start, and why. COMPLETING: it is SLURM that ends it, or somebody with scancel; what it has
+# preempted it puts back itself.
+ask_slurm() {
+    local line
+    for _ in 1 2 3 4 5 6; do
+        if line=$(scontrol --oneliner show job "$job"); then
+            [[ "$line " != *" Restarts=$restarts "* ]] || { line=${line#* JobState=} && slurm=${line%% Dependency=*}; }
+            return
+        fi
+        sleep 10 # the controller is away for a moment
+    done
+}
+
+keep() {
+    ! fresh "$1" || cp -f -- "$1" "$record/$2"
+}
+
+leave_status() {
+    printf '{"job": "%s", "start": %d, "code": %d, "signal": %d, "ended": %d, "node": "%s", "slurm": "%s", "requeued": %s}\n' \
+        "$job" "$((restarts + 1))" "$code" "$((code > 128 ? code - 128 : 0))" "$(date +%s)" "${SLURMD_NODENAME:-$(hostname)}" "$slurm" "$1" \
+        > "$record/.status-$job" && mv -f -- "$record/.status-$job" "$record/status-$job.json"
+}
+
+on_each_node() {
+    "$@"
+}
+
+# To the runner, which saves and ends within its grace; srun passes USR1 on to it. At last, the end is made.
+stop() {
+    woken=1
+    [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null
+    if [ -z "$watchdog" ]; then
+        { sleep "$longest_stop"; kill -KILL "$srun" 2>/dev/null; } &
+        watchdog=$!
+    fi
+}
+
+mkdir -p -- "$record" || exit 73
+printf '%s\n' "$restarts" > "$record/begun-$job"
+rm -f -- "$record/status-$job.json" "$record/result-$job.json" "$record/notice-$job.json" # of an earlier start
+[ -e "$record/job.sh" ] || cp -- "$0" "$record/job.sh" # sent by hand; $0 is SLURM's copy
+root=/out/code-0000000000
+scratch_variable=TMPDIR
+scratch=${!scratch_variable:-/tmp}/cvlaunch-$job-$restarts
+trap finish EXIT
+trap stop USR1 TERM
+CVLAUNCH_SUBMISSION=$(cat -- "$record/submission" 2>/dev/null || echo 1)
+[ -e "$record/id-$CVLAUNCH_SUBMISSION" ] || echo "$job" > "$record/id-$CVLAUNCH_SUBMISSION"
+on_each_node mkdir -p -m 700 -- "$scratch" "$scratch/tmp" || fail 73 "no scratch folder $scratch on $(hostname)"
+mkdir -p -- "$root" || fail 73 "no folder $root on $(hostname)"
+
+export USER=${USER:-$(id -un)} PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1
+unset PYTHONHOME PYTHONPATH
+PYTHONPATH=$(readlink -f -- /scratch/me/cvlaunch/cvlaunch-VERSION) || fail 64 'there is no /scratch/me/cvlaunch/cvlaunch-VERSION; run: cvlaunch targets setup'
+export PYTHONPATH
+seen=$root
+export TMPDIR=$scratch/tmp
+printf '%s\n' "$root" "$scratch" "$seen" > "$record/places-$job" # for cvlaunch exec
+export CVLAUNCH_SUBMISSION CVLAUNCH_NATIVE_ID=$job
+export CVLAUNCH_ROOT=$seen CVLAUNCH_NOTICE=$seen/input/control/notice-$job.json
+CVLAUNCH_JOB_JSON=$(cat <<'CVLAUNCH_JOB'
+{"run_id": "code-0000000000", "name": "own-code", "job_digest": "edf076b05d4d9aeb2b2e1ef09094dc0bce8ec5635436dfb99cfead1eb114aa79", "output": "file:///out", "command": ["python", "train.py"], "train": null, "env": {}, "secrets": {}, "channels": [], "code": {"sha256": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb", "size": 2048, "requirements": "req.lock", "commit": null, "dirty": false}, "image": null, "nodes": 1, "gpus": 2, "processes": 4, "movers": {"checkpoints": "in_place", "model": "in_place", "output": "in_place"}, "retries": 0, "max_attempts": 20, "timeout_s": null, "grace_s": 300.0, "tags": {}, "storage": {}, "cvlaunch": "0.0.0", "contract": 1}
+CVLAUNCH_JOB
+)
+export CVLAUNCH_JOB_JSON
+# SLURM 22.05 to 23.02 hands the CPUs of a task on to srun by this alone.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+command=(
+    srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --mpi=none --export=ALL
+    /opt/python/bin/python
+    -m
+    launcher.runner
+)
+[ "$woken" = 0 ] || fail 75 "stopped before it began"
+"${command[@]}" < /dev/null &
+srun=$!
+while :; do # bash runs a trap only between commands, and remembers how a child has ended
+    woken=0
+    wait "$srun"
+    code=$?
+    [ "$woken" = 1 ] || break
+done
+# srun ends with 0 where a node fails, and with the highest code of all nodes: the first runner's word counts.
+if own "$root/output/result.json"; then
+    code=$(exit_code_in "$root/output/result.json")
+elif [ "$code" = 0 ] && ! fresh "$root/input/control/notice-$job.json"; then
+    fail 1 "srun ended without a word of the runner: a node failed, something killed it, or a disk is full"
+fi
+exit "$code"

@@ -38,7 +38,7 @@ done
 forget_secrets() { # of a job that ended before its script could take them
     submission='' last=''
     read -r submission 2>/dev/null < "$records/$1/submission"
-    read -r last 2>/dev/null < "$records/$1/id-$submission"
+    read -r last 2>/dev/null < "$records/$1/id-${submission:-1}"
     [ "$last" != "$2" ] || rm -f -- "$records/$1/secrets"
 }
 account() { # id, scontrol's line

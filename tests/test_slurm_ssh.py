@@ -361,5 +361,5 @@ def test_few_round_trips(hpc: Hpc, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert trips(run.status) == 1
     assert trips(lambda: list(run.logs(since=cursor))) <= 3
     assert trips(run.metrics) == 1
-    assert trips(run.cancel) <= 4
+    assert trips(run.cancel) <= 5  # one more if it has ended at once
     run.wait(timeout=60)

@@ -170,15 +170,23 @@ class Ledger:
 
         An end stays an end, but for LOST, which later evidence may revise; a run that is being sent is left alone.
         """
-        facts = {k: v for k, v in dataclasses.asdict(status).items() if k != "state"}
+        return self.record_statuses({run_id: (status, attempt)})[run_id]
+
+    def record_statuses(self, found: Mapping[str, tuple[Status, int]]) -> dict[str, RunRecord]:
+        """`record_status` of each run: run id → status and attempt."""
+        facts = {
+            run_id: {"state": status.state, "status": {k: v for k, v in vars(status).items() if k != "state"}}
+            for run_id, (status, _) in found.items()
+        }
 
         def news(known: RunRecord) -> bool:
+            new, attempt = facts[known.run_id], found[known.run_id][1]
             settled = known.state.terminal and known.state is not State.LOST
             sending = known.state in (State.PREPARING, State.SENDING)
-            same = known.state is status.state and dict(known.status) == facts
+            same = known.state is new["state"] and dict(known.status) == new["status"]
             return not (settled or sending or same) and known.attempt == attempt
 
-        return self.update(run_id, only_if=news, state=status.state, status=facts)
+        return self.update_many(facts, only_if=news)
 
     def get(self, run_id: str) -> RunRecord:
         """SpecError if there is no such run."""

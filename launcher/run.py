@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -427,10 +427,8 @@ def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> No
     if not handles:
         return
     answers = backend_of(known[0]).status(list(handles.values()))
-    for record in known:
-        if record.run_id in handles and record.run_id in ledger:
-            status = answers[handles[record.run_id]]
-            _keep(record, _settled(record, status, now), ledger, now)
+    asked = [record for record in known if record.run_id in handles and record.run_id in ledger]
+    _keep({r.run_id: (r, _settled(r, answers[handles[r.run_id]], now)) for r in asked}, ledger, now)
 
 
 def _settled(record: RunRecord, status: Status, now: float) -> Status:
@@ -445,9 +443,12 @@ def _settled(record: RunRecord, status: Status, now: float) -> Status:
     )
 
 
-def _keep(record: RunRecord, status: Status, ledger: Ledger, now: float) -> None:
-    if status.state is State.UNKNOWN and record.unseen_since is None:
-        ledger.update(record.run_id, unseen_since=now)
-    elif status.state not in (State.UNKNOWN, State.LOST) and record.unseen_since is not None:
-        ledger.update(record.run_id, unseen_since=None)
-    ledger.record_status(record.run_id, status, attempt=record.attempt)
+def _keep(found: Mapping[str, tuple[RunRecord, Status]], ledger: Ledger, now: float) -> None:
+    unseen: dict[str, dict[str, object]] = {}
+    for run_id, (record, status) in found.items():
+        if status.state is State.UNKNOWN and record.unseen_since is None:
+            unseen[run_id] = {"unseen_since": now}
+        elif status.state not in (State.UNKNOWN, State.LOST) and record.unseen_since is not None:
+            unseen[run_id] = {"unseen_since": None}
+    ledger.update_many(unseen)
+    ledger.record_statuses({run_id: (status, record.attempt) for run_id, (record, status) in found.items()})

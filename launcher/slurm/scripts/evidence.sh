@@ -3,9 +3,8 @@
 # C scontrol's account, A sacct's. scontrol is asked once for an array, and no process is started for an element that has
 # succeeded: there may be thousands, and login nodes are slow at that.
 export SLURM_TIME_FORMAT=%s SLURM_BITSTR_LEN=0
-records=$1 text='' submission='' last=''
-declare -A asked wanted known # jobs and arrays to ask for; id → run; arrays that the controller has
-missing=()
+records=$1 text='' submission='' last='' secrets=()
+declare -A asked wanted known missing # to ask scontrol for; id → run; arrays that it has; to ask sacct for
 tell() { # the file's text in one line; false if it is not there
     text=''
     [ -e "$2" ] || return 1
@@ -25,7 +24,7 @@ last_words() { # what a job itself has said; else why, by srun's word
     printf '%s' "${text//[$'\t\r']/ }"
 }
 while read -r run id; do
-    cd -- "$records/$run" 2>/dev/null || { missing+=("$id"); continue; }
+    cd -- "$records/$run" 2>/dev/null || { missing[${id%%_*}]=yes; continue; }
     asked[${id%%_*}]=yes wanted[$id]=$run
     tell S "status-$id.json"
     if [[ $text != *'"code": 0,'* ]] && [ -e "slurm-$id.out" ]; then
@@ -39,7 +38,7 @@ forget_secrets() { # of a job that ended before its script could take them
     submission='' last=''
     read -r submission 2>/dev/null < "$records/$1/submission"
     read -r last 2>/dev/null < "$records/$1/id-${submission:-1}"
-    [ "$last" != "$2" ] || rm -f -- "$records/$1/secrets"
+    [ "$last" != "$2" ] || [ ! -e "$records/$1/secrets" ] || secrets+=("$records/$1/secrets")
 }
 account() { # id, scontrol's line
     local run=${wanted[$1]:-}
@@ -70,15 +69,16 @@ done
 for id in "${!wanted[@]}"; do
     record=$records/${wanted[$id]}
     [ ! -e "$record/status-$id.json" ] || continue
-    missing+=("$id")
+    missing[${id%%_*}]=yes
     # An element that was cancelled before it began leaves no trace but this: its array is there, and it is not.
     if [ -n "${known[${id%%_*}]:-}" ] && [ ! -e "$record/begun-$id" ]; then
         printf 'X\t%s\t\n' "$id"
         forget_secrets "${wanted[$id]}" "$id"
     fi
 done
+[ "${#secrets[@]}" = 0 ] || printf '%s\0' "${secrets[@]}" | xargs -0 rm -f --
 [ "${#missing[@]}" != 0 ] || exit 0
-printf -v list '%s,' "${missing[@]}"
+printf -v list '%s,' "${!missing[@]}"
 sacct --allocations --noheader --parsable2 --starttime now-90days --jobs "${list%,}" \
     --format JobID,JobName,State,ExitCode,Start,End,NodeList 2>/dev/null |
     while IFS='|' read -r id rest; do printf 'A\t%s\t%s\n' "$id" "$rest"; done

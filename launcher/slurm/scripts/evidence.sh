@@ -15,7 +15,8 @@ last_words() { # what a job itself has said; else why, by srun's word
     local line said='' error=''
     while IFS= read -r line || [ -n "$line" ]; do
         case $line in
-            'srun: error:'* | slurmstepd*) error=$line ;;
+            slurmstepd*) error=$line ;;
+            'srun: error:'*) [[ $error == slurmstepd* ]] || error=$line ;; # the node knows more
             '' | srun:*) ;;
             *) said=$line ;;
         esac

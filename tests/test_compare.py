@@ -16,7 +16,7 @@ from launcher.compare import Comparison, Surroundings, compare
 from launcher.ledger import RunRecord
 from launcher.spec import JobSpec
 from launcher.stores import open_store
-from launcher.submission import _record, prepare
+from launcher.submission import record_of, prepare
 from tests.cli_tool import cli
 
 TRAIN: dict[str, Any] = {
@@ -38,7 +38,7 @@ def record(tmp_path: Path) -> Callable[..., RunRecord]:
     def make(job: dict[str, Any], *, target: str = "local", run_id: str = "pets-1") -> RunRecord:
         spec = JobSpec.model_validate(job)
         with prepare(spec, folder=tmp_path, target=target) as prepared:
-            return _record(prepared, prepared.plan(run_id))
+            return record_of(prepared, prepared.plan(run_id))
 
     return make
 

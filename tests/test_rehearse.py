@@ -41,7 +41,7 @@ WORK = "for i in 1 2 3 4 5; do sleep 0.25 & wait $!; done\n"
 POLITE = "trap 'exit 143' TERM\n"
 SCRIPTS = {
     "good": f"{POLITE}dd if=/dev/zero of=/dev/shm/batch bs=1M count=30 status=none && rm /dev/shm/batch\n"
-    f"echo result > /tmp/result\n{WORK}",
+    f"echo result > /tmp/result\n{WORK}{WORK}",
     "writer": f"{POLITE}echo result > /root/result.txt\n{WORK}",
     "strict-writer": f"set -e\n{POLITE}echo result > /root/result.txt\n{WORK}",
     "filler": f"set -e\n{POLITE}dd if=/dev/zero of=/dev/shm/batch bs=1M count=100\n{WORK}",

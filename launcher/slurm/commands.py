@@ -5,9 +5,7 @@ Text formats only: before 23.11 `--json` ignores every filter, and its shapes ha
 
 from __future__ import annotations
 
-import io
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,15 +335,18 @@ def fields_of(line: str) -> dict[str, str]:
 
 
 def _packed(elements: Sequence[Element], header: bytes) -> bytes:
-    """The tar that submit_array.sh reads."""
+    """The tar that submit_array.sh reads. By hand: for a thousand files `tarfile` takes as long as all the rest."""
     listed = "".join(f"{element.run_id}\n" for element in elements).encode()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in [("header", header), ("list", listed), *_members(elements), ("end", b"")]:
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o600
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+    members = [("header", header), ("list", listed), *_members(elements), ("end", b"")]
+    blocks = (_tar_header(name, len(data)) + data + bytes(-len(data) % 512) for name, data in members)
+    return b"".join(blocks) + bytes(1024)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """Of POSIX.1-1988: name, mode, uid, gid, size, time, checksum over all with itself as blanks, type of a file."""
+    front = name.encode().ljust(100, b"\0") + b"0000600\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"0" * 11 + b"\0"
+    checksum = sum(front) + 8 * ord(" ") + ord("0")
+    return (front + b"%06o\0 0" % checksum).ljust(512, b"\0")
 
 
 def _members(elements: Sequence[Element]) -> Iterator[tuple[str, bytes]]:

@@ -1,8 +1,9 @@
 # The newest job of each run: $1 folder of all records; on stdin a run id a line. Prints `RUN ID` for those that there are.
 # One squeue at most, and no process for a single run. 49: the controller did not answer.
 records=$1
-looked='' id='' submission='' array='' index='' folder=''
+looked='' sought='' id='' submission='' array='' index='' folder=''
 declare -A every live sent # the id of the newest job by name, of the newest by name that has not ended, and by its folder
+declare -A element # run → name and index in an array whose id nobody has noted for all
 look() {
     [ -z "$looked" ] || return 0
     looked=$(squeue --me --noheader --states=all --sort=i --format '%F|%T|%j|%Z') || exit 49
@@ -16,6 +17,16 @@ look() {
     done <<< "$looked"
     looked=yes
 }
+seek() {
+    [ -z "$sought" ] || return 0
+    sought=yes
+    for mark in "${records%/*}"/arrays/*/sending; do
+        [ -e "$mark" ] || continue
+        mapfile -t runs < "${mark%/*}/list"
+        name=${mark%/*} name=${name##*/}
+        for index in "${!runs[@]}"; do element["${runs[index]}"]="$name $index"; done
+    done
+}
 first_line() { # of file $2, into variable $1; nothing if it is not there
     printf -v "$1" '%s' ''
     [ ! -e "$2" ] || read -r "$1" < "$2"
@@ -25,8 +36,9 @@ while read -r run; do
     first_line submission "$record/submission"
     submission=${submission:-1}
     first_line found "$record/id-$submission"
-    if [ -z "$found" ] && [ -e "$record/array-$submission" ]; then # sent with others, and cut off before it had its id
-        read -r array index < "$record/array-$submission"
+    [ -n "$found" ] || [ ! -e "$record/job.sh" ] || seek
+    if [ -z "$found" ] && [ -n "${element[$run]:-}" ]; then
+        read -r array index <<< "${element[$run]}"
         first_line id "${records%/*}/arrays/$array/id"
         if [ -z "$id" ]; then
             look

@@ -33,11 +33,9 @@ if [ ! -e id ]; then
     done
     printf '%s\n' new/* > fresh
     [ "${#earlier[@]}" = "$count" ] || xargs -d '\n' mv -t "$records" -- < fresh || exit 46
-    for ((index = 0; index < count; index++)); do
-        run=${runs[index]}
-        [ "$submission" = 1 ] || printf '%s\n' "$submission" > "$records/$run/submission"
-        printf '%s %d\n' "$name" "$index" > "$records/$run/array-$submission" # where to look if we are cut off now
-    done
+    if [ "$submission" != 1 ]; then
+        for run in "${runs[@]}"; do printf '%s\n' "$submission" > "$records/$run/submission"; done
+    fi
     cat header - > array.sh << 'ARRAY'
 
 # One element: its own script, as if it had been sent alone; SLURM's output of it is linked into its record.
@@ -45,7 +43,7 @@ record=$records/$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$folder/list")
 ln -sf -- "$folder/$SLURM_ARRAY_TASK_ID.out" "$record/slurm-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.out"
 exec bash -- "$record/job.sh"
 ARRAY
-    touch sending
+    touch sending # find.sh looks here for what has no id yet
     environment=()
     for variable in HOME USER LOGNAME SHELL PATH LANG LC_ALL TERM TZ LD_LIBRARY_PATH MODULEPATH MODULESHOME LMOD_CMD LMOD_DIR SLURM_CONF; do
         [ -z "${!variable+x}" ] || environment+=("$variable=${!variable}")
@@ -55,7 +53,7 @@ ARRAY
     cat .said >&2
     if [ "$code" != 0 ] || [ -z "$id" ]; then
         grep -qi 'timed out\|unable to contact' .said && exit 49
-        for run in "${earlier[@]}"; do rm -f -- "$records/$run/secrets" "$records/$run/array-$submission"; done
+        for run in "${earlier[@]}"; do rm -f -- "$records/$run/secrets"; done
         sed "s|^new|${records//|/\\|}|" fresh | grep -v '/\*$' | xargs -r -d '\n' rm -rf --
         rm -f sending
         exit 48

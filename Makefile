@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 SAME   := $(VENV)/constraints.txt
 PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(SAME)
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal
 
 .PHONY: demo test check test-wheel bench schema lock pin-base clean
 

@@ -16,7 +16,7 @@ from launcher.compare import Comparison, Surroundings, compare
 from launcher.ledger import RunRecord
 from launcher.spec import JobSpec
 from launcher.stores import open_store
-from launcher.submission import record_of, prepare
+from launcher.submission import prepare, record_of
 from tests.cli_tool import cli
 
 TRAIN: dict[str, Any] = {

@@ -38,7 +38,7 @@ def record(tmp_path: Path) -> Callable[..., RunRecord]:
     def make(job: dict[str, Any], *, target: str = "local", run_id: str = "pets-1") -> RunRecord:
         spec = JobSpec.model_validate(job)
         with prepare(spec, folder=tmp_path, target=target) as prepared:
-            return record_of(prepared, prepared.plan(run_id))
+            return record_of(prepared, prepared.plan(run_id), {})
 
     return make
 

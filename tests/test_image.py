@@ -646,9 +646,14 @@ def test_no_token_is_asked_for_other_hosts(host: str) -> None:
 # -- pins -------------------------------------------------------------------------------------------------------------
 
 
+class HereTarget(LocalTarget):
+    engine: str = "auto"
+
+
 class Here(LocalBackend):
     """Like `container`: images come from this machine's engine."""
 
+    Target = HereTarget
     rules = ContainerRules(container=True)
     ignored: Mapping[str, str] = {}
 
@@ -656,11 +661,14 @@ class Here(LocalBackend):
 class Far(Here):
     """Like a cloud: it pulls."""
 
+    Target = LocalTarget
     transports = {"s3": Transport({"s3": "staged"}, LocalBackend.transports["s3"].movers)}  # noqa: RUF012
 
 
-def resolved(backend: type, tmp_path: Path, *, registry: str | None = None, make: bool = False, **keys: object) -> Job:
-    target = LocalTarget(output="s3://bucket/runs", registry=registry)
+def resolved(
+    backend: type[Here], tmp_path: Path, *, registry: str | None = None, make: bool = False, **keys: object
+) -> Job:
+    target = backend.Target(output="s3://bucket/runs", registry=registry)
     spec = JobSpec.model_validate({"name": "x", "command": ["true"], **keys})
     return resolve(
         spec,

@@ -156,7 +156,7 @@ def test_a_bad_image_breaks_one_rule(
 @needs_podman
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_good_foreign_image_keeps_all_rules(images: Images, platform: str, tmp_path: Path) -> None:
-    report = play(write_job(tmp_path, images("good")), platform)
+    report = play(write_job(tmp_path, images("good")), platform, seconds=15.0)
     verdicts = {finding.rule: finding.verdict for finding in report.findings}
     assert verdicts.pop("contract") is Verdict.NOT_TRIED
     assert set(verdicts.values()) == {Verdict.KEPT}, report

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from launcher import contract
 from launcher.process import ProcessId, exit_code, kill_descendants, send_kill
 
-__all__ = ["Attempt", "Ended", "Order", "ProcessAttempt", "hand_over", "last_line", "signal_words"]
+__all__ = ["SIGNALLED", "Attempt", "Ended", "Order", "ProcessAttempt", "hand_over", "last_line", "signal_words"]
 
-_SIGNALLED = 128
+SIGNALLED = 128
 """A process that signal n ended has the exit code 128 + n."""
 
 
@@ -159,7 +159,7 @@ def hand_over(process: subprocess.Popen[bytes], secrets: bytes) -> None:
 
 def signal_words(what: str, code: int) -> str:
     """Empty for a code that no signal gives."""
-    number = code - _SIGNALLED
+    number = code - SIGNALLED
     known = number in signal.valid_signals()
     return f"{what} was killed by signal {number} ({signal.strsignal(number)})" if known else ""
 

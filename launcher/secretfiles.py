@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import AuthError
 
-__all__ = ["require_private"]
+__all__ = ["require_private", "secret_lines"]
 
 
 def require_private(path: Path) -> Path:
@@ -23,3 +25,8 @@ def require_private(path: Path) -> Path:
         mode = stat.S_IMODE(facts.st_mode)
         raise AuthError(f"{path} holds credentials and others can read it (mode {mode:04o}): chmod 600 {path}")
     return path
+
+
+def secret_lines(secrets: Mapping[str, str]) -> bytes:
+    """As the runner reads them: NAME=JSON string, one a line."""
+    return "".join(f"{name}={json.dumps(value)}\n" for name, value in secrets.items()).encode()

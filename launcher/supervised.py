@@ -26,6 +26,7 @@ __all__ = [
     "Leftovers",
     "absolute_folder",
     "cancel",
+    "ended_state",
     "free_space",
     "is_alive",
     "is_known",
@@ -136,7 +137,7 @@ def _running(folder: SupervisorFolder, record: Record | None, native: str) -> St
 def _ended(record: Record | None, end: Mapping[str, object]) -> Status:
     code = int(str(end["code"]))
     return Status(
-        _state(end.get("state"), code),
+        ended_state(end.get("state"), code),
         native=f"exited {code}",
         reason=str(end.get("reason") or _CODE_REASONS.get(code, "")),
         exit_code=code,
@@ -147,7 +148,8 @@ def _ended(record: Record | None, end: Mapping[str, object]) -> Status:
     )
 
 
-def _state(word: object, code: int) -> State:
+def ended_state(word: object, code: int) -> State:
+    """word: the runner's or the supervisor's, if it left one."""
     return _WORDS.get(str(word)) or _CODE_STATES.get(code, State.FAILED)
 
 
@@ -169,7 +171,7 @@ def _without_supervisor(folder: SupervisorFolder, record: Record, left: Leftover
     restarted = record.supervisor.boot != ProcessId.of().boot
     end = None if restarted else left.end()
     if end is not None:
-        state, reason = _state(end.state, end.code), end.reason or _CODE_REASONS.get(end.code, "")
+        state, reason = ended_state(end.state, end.code), end.reason or _CODE_REASONS.get(end.code, "")
         return dataclasses.replace(lost, state=state, native="unsupervised", reason=reason, exit_code=end.code)
     reason = (
         "the machine was restarted" if restarted else f"its supervisor (process {record.supervisor.pid}) was killed"

@@ -37,6 +37,7 @@ from launcher.containers import ContainerAttempt, container_root, known_id, run_
 from launcher.contract import read_json
 from launcher.errors import CapacityError, ConflictError, CvlaunchError
 from launcher.process import ProcessId, adopt_orphans
+from launcher.secretfiles import secret_lines
 
 __all__ = ["Record", "SupervisorFolder", "start"]
 
@@ -230,12 +231,11 @@ def _same_plan(folder: SupervisorFolder, plan_text: str) -> None:
 
 def _spawn(folder: SupervisorFolder, lock: int, secrets: Mapping[str, str]) -> None:
     """The process that is started forks and ends at once, so that the supervisor is no child of ours."""
-    lines = "".join(f"{name}={json.dumps(value)}\n" for name, value in secrets.items())
     try:
         with folder.log.open("ab") as log:
             subprocess.run(
                 [sys.executable, "-m", "launcher.supervisor", str(folder.path)],
-                input=lines.encode(),
+                input=secret_lines(secrets),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(lock,),

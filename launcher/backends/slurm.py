@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from launcher import paths
+from launcher.attempts import SIGNALLED, signal_words
 from launcher.backends.base import (
     Adopted,
     BaseTarget,
@@ -37,19 +37,21 @@ from launcher.backends.base import (
     Support,
     Transport,
 )
-from launcher.contract import DEFAULT_ROOT, EXIT_CANCELLED, EXIT_DONE, EXIT_PREEMPTED, OUTPUT_FOLDERS, JobFile
+from launcher.contract import DEFAULT_ROOT, EXIT_DONE, EXIT_PREEMPTED, OUTPUT_FOLDERS, JobFile
 from launcher.errors import SpecError, UnreachableError
 from launcher.logfiles import PRINTED, follow_logs, printed_lines
 from launcher.quantities import format_duration, format_size, parse_duration
 from launcher.remote import Host
 from launcher.rules import RULES, ContainerRules
+from launcher.secretfiles import secret_lines
 from launcher.slurm import places
 from launcher.slurm.commands import ARRAY_NAME, Element, Evidence, Listed, Slurm, no_slurm, same_job
 from launcher.slurm.ways import WAYS, Bind, Way, bad_words, filled
 from launcher.slurm.words import ENDED, STATES, STUCK, reason_words, state_word
 from launcher.status import State, Status
-from launcher.stores import Store, join_uri, open_store, path_of, scheme
+from launcher.stores import Store, file_uri, join_uri, open_store, path_of, scheme
 from launcher.stores.remote import RemoteStore
+from launcher.supervised import ended_state
 
 __all__ = ["SlurmBackend", "SlurmTarget", "inline_job"]
 
@@ -74,16 +76,6 @@ _AT_ONCE = 4
 """Arrays that are handed over at the same time; sshd takes ten sessions over one connection."""
 _ASK_EVERY_S = 5.0
 """For the controller's sake, however often somebody looks at the log."""
-
-_ENDED_WORDS = {
-    "SUCCEEDED": State.SUCCEEDED,
-    "FAILED": State.FAILED,
-    "CANCELLED": State.CANCELLED,
-    "TIMED_OUT": State.TIMED_OUT,
-    "PREEMPTED": State.FAILED,
-    "ERROR": State.ERROR,
-}
-"""The runner's word, in its result or its notice → ours."""
 
 
 def _like(pattern: str, words: str) -> AfterValidator:
@@ -424,7 +416,7 @@ class SlurmBackend:
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         record = places.record(self.target.root, plan.run_id)
         native = self._slurm.submit(
-            record, plan.run_id, plan.text.encode(), secrets=_secret_lines(secrets), submission=attempt
+            record, plan.run_id, plan.text.encode(), secrets=secret_lines(secrets), submission=attempt
         )
         return self._handle(native, plan.run_id)
 
@@ -453,7 +445,7 @@ class SlurmBackend:
         content = "\n".join([str(attempt), *(plan.run_id for plan in plans)])
         name = f"{ARRAY_NAME}{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         folder, jobs = f"{self.target.root}/arrays/{name}", self._records
-        lines = _secret_lines(secrets)
+        lines = secret_lines(secrets)
         native = self._slurm.submit_array(
             jobs,
             folder,
@@ -518,13 +510,23 @@ class SlurmBackend:
         seen = False
         job_file = None if since.startswith(PRINTED) else self._job_file(native.run_id)
         if job_file is not None:
-            uri = join_uri(job_file.output, native.run_id)
-            store = self.store(uri) or open_store(uri, self.target.storage.options)
+            store = self._run_folder(job_file)
             for line in follow_logs(store, ended=ended if follow else None, since=since):
                 seen = True
                 yield line
         if not seen and (not since or since.startswith(PRINTED)) and (follow or ended()):
             yield from printed_lines(lambda: self._printed(native), ended, follow=follow, since=since)
+
+    def _run_folder(self, job_file: JobFile) -> Store:
+        """As this machine reaches it: the script may have been rendered there, or behind another name of the host."""
+        if job_file.movers["output"] == "in_place":
+            return self._folder(_path_there(job_file.output, job_file.run_id))
+        return open_store(join_uri(job_file.output, job_file.run_id), self.target.storage.options)
+
+    def _folder(self, path: str) -> Store:
+        """Of the cluster."""
+        place = f"{self.target.reached_by}{path}" if self.target.reached_by else file_uri(Path(path))
+        return self.store(place) or open_store(place)
 
     def _printed(self, native: _Native) -> bytes:
         try:
@@ -543,8 +545,7 @@ class SlurmBackend:
         return self._jobs[run_id]
 
     def _record(self, run_id: str) -> Store:
-        place = f"{self.target.reached_by or 'file://'}{places.record(self.target.root, run_id)}"
-        return self.store(place) or open_store(place)
+        return self._folder(places.record(self.target.root, run_id))
 
     @property
     def _records(self) -> str:
@@ -700,11 +701,6 @@ def _slurm_seconds(text: str) -> float | None:
     return float(seconds + 86400 * int(days or 0))
 
 
-def _secret_lines(secrets: Mapping[str, str]) -> bytes:
-    """As the runner reads them."""
-    return "".join(f"{name}={json.dumps(value)}\n" for name, value in secrets.items()).encode()
-
-
 _OWN_LINES = ("--job-name=", "--comment=", "--output=")
 
 
@@ -825,15 +821,12 @@ def _by_script(status: Status, found: Evidence, word: str) -> Status:
         return _by_slurm(status, found, word)
     if word == "CANCELLED" and code != EXIT_DONE:
         return replace(status, state=State.CANCELLED, reason=_by_whom(found))
-    state = _ENDED_WORDS.get(str(account.get("state")))
-    if state is None:
-        known = {EXIT_DONE: State.SUCCEEDED, EXIT_CANCELLED: State.CANCELLED}
-        state = known.get(code, State.FAILED)
+    state = ended_state(account.get("state"), code)
     reason = str(account.get("reason") or "")
     if code == EXIT_PREEMPTED and state is State.FAILED:
         reason = "preempted with a checkpoint, and not put back into the queue: max_attempts, or the site forbids it"
     elif state is State.FAILED and not account:
-        reason = _killed("the runner or srun", code - 128) or _said(found)
+        reason = signal_words("the runner or srun", code) or _said(found)
     return replace(status, state=state, reason=reason)
 
 
@@ -842,7 +835,7 @@ def _by_slurm(status: Status, found: Evidence, word: str) -> Status:
     reason = ENDED[word]
     if word == "FAILED":
         number = found.account.get("ExitCode", "").partition(":")[2]
-        reason = _killed("its script", int(number) if number.isdecimal() else 0) or _said(found)
+        reason = signal_words("its script", SIGNALLED + int(number) if number.isdecimal() else 0) or _said(found)
     elif word == "CANCELLED":
         reason = _by_whom(found)
     elif word == "NODE_FAIL" and status.node:
@@ -852,12 +845,6 @@ def _by_slurm(status: Status, found: Evidence, word: str) -> Status:
 
 def _by_whom(found: Evidence) -> str:
     return "cancelled" if found.cancelled else "cancelled with scancel"
-
-
-def _killed(who: str, number: int) -> str:
-    """Empty if the number is no signal's."""
-    name = signal.strsignal(number) if number in signal.valid_signals() else None
-    return f"{who} was killed by signal {number} ({name})" if name else ""
 
 
 def _said(found: Evidence) -> str:

@@ -22,6 +22,7 @@ from launcher.errors import (
     UnsupportedError,
 )
 from launcher.remote import Done, Host
+from launcher.slurm.scripts import script_text
 from launcher.slurm.words import ENDED, LIMITS, state_word
 
 __all__ = ["ARRAY_NAME", "Element", "Evidence", "Listed", "Slurm", "fields_of", "same_job"]
@@ -29,12 +30,10 @@ __all__ = ["ARRAY_NAME", "Element", "Evidence", "Listed", "Slurm", "fields_of", 
 ARRAY_NAME = "cvlaunch-"
 """Begins the name of every array of ours."""
 
-_SCRIPTS = Path(__file__).parent / "scripts"
-
 _SQUEUE = "%i|%T|%V|%S|%e|%N|%j|%q|%r|%k"
 """Id, state, submitted, started or expected, end, nodes, name, QOS, reason, comment; the last may hold anything."""
 
-_NOT_READY, _ANOTHER_JOB, _REFUSED, _NO_ANSWER = 46, 47, 48, 49
+_ANOTHER_JOB, _REFUSED, _NO_ANSWER = 47, 48, 49
 """Exit codes of submit.sh; the last also of find.sh."""
 
 _REFUSALS: Sequence[tuple[str, type[CvlaunchError], str, str]] = (
@@ -214,9 +213,10 @@ class Slurm:
 
         front: words that open its container, if it has one, and the interpreter.
         """
-        text = (_SCRIPTS / "attach.sh").read_text(encoding="utf-8")
         words = [record, native, run_id, library, "--pty" if tty else "", str(len(front)), *front]
-        return self.host.attach(text, *words, Path(beside.__file__).read_text(encoding="utf-8"), *command, tty=tty)
+        return self.host.attach(
+            script_text("attach"), *words, Path(beside.__file__).read_text(encoding="utf-8"), *command, tty=tty
+        )
 
     def remove(self, record: str) -> None:
         self.host.run('rm -rf -- "$1"', record)
@@ -239,9 +239,8 @@ class Slurm:
         lines = (line.partition("\t") for line in done.out.decode("utf-8", "replace").splitlines())
         return [(word, text) for word, _, text in lines]
 
-    def _run(self, script: str, *arguments: str, stdin: bytes = b"") -> Done:
-        text = (_SCRIPTS / f"{script}.sh").read_text(encoding="utf-8")
-        return self.host.run(text, *arguments, stdin=stdin)
+    def _run(self, name: str, *arguments: str, stdin: bytes = b"") -> Done:
+        return self.host.run(script_text(name), *arguments, stdin=stdin)
 
     def _require_slurm(self, done: Done) -> None:
         if "command not found" in done.err or done.code == 127:

@@ -9,10 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from launcher.errors import CapacityError, SpecError, UnreachableError, UnsupportedError
 from launcher.remote import Host
+from launcher.slurm.scripts import script_text
 
 __all__ = [
     "TOOLS",
@@ -72,7 +72,6 @@ _QOS_LIMITS: Mapping[str, str] = {
 
 _ACCOUNT_FIELDS = ("Account", "Partition", "QOS", "DefaultQOS", *_ACCOUNT_LIMITS)
 _QOS_FIELDS = ("Name", "Priority", "Preempt", *_QOS_LIMITS)
-_SCRIPTS = Path(__file__).parent / "scripts"
 _NODE_FIELDS = "%P|%T|%D|%c|%m|%G|%f"
 
 
@@ -195,7 +194,7 @@ class Cluster:
 def probe(host: Host, *, timeout_s: float = 300) -> Cluster:
     """In one visit. UnsupportedError if there is no SLURM, UnreachableError if it doesn't answer."""
     done = host.run(
-        _script("probe"), _NODE_FIELDS, ",".join(_ACCOUNT_FIELDS), ",".join(_QOS_FIELDS), timeout_s=timeout_s
+        script_text("probe"), _NODE_FIELDS, ",".join(_ACCOUNT_FIELDS), ",".join(_QOS_FIELDS), timeout_s=timeout_s
     )
     sections = dict(_sections(done.out.decode(errors="replace")))
     if "version" not in sections:
@@ -251,7 +250,9 @@ def probe_node(
     words = ["--job-name=cvlaunch-probe", f"--immediate={wait_s}", "--time=2", "--nodes=1", "--ntasks=1", "--quiet"]
     words += [f"--partition={chosen.name}", *([f"--account={account}"] if account else [])]
     words += ["--gres=gpu:1"] if chosen.gpus else []
-    done = host.run(_script("probe_srun"), _script("probe_node"), name, port, root, *words, timeout_s=wait_s + 180)
+    done = host.run(
+        script_text("probe_srun"), script_text("probe_node"), name, port, root, *words, timeout_s=wait_s + 180
+    )
     lines = done.out.decode(errors="replace").splitlines()
     if done.code or not _fact(lines, "node"):
         raise _no_node(done.err, host, chosen, wait_s)
@@ -355,10 +356,6 @@ def _model(kind: str) -> str | None:
 
 
 # ---- reading
-
-
-def _script(name: str) -> str:
-    return (_SCRIPTS / f"{name}.sh").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ from launcher.paths import trainer_folder
 from launcher.quantities import format_size
 from launcher.remote import Done, Host
 from launcher.slurm import places
+from launcher.slurm.scripts import script_text
 
 __all__ = ["PULLS", "Pull", "SetUp", "bring_image", "set_up"]
 
-_SCRIPTS = Path(__file__).parent / "scripts"
 _THERE = "cvlaunch: there"
 """What a script prints that had nothing to do."""
 
@@ -266,7 +266,7 @@ def set_up(
 def _prepare(host: Host, root: str, library: _Library) -> _There:
     if not root.startswith("/"):
         raise SpecError(f"{root!r} is no absolute path of the cluster", key="root")
-    done = host.run(_script("setup_prepare"), root, f"{root}/{library.folder}", places.library(root))
+    done = host.run(script_text("setup_prepare"), root, f"{root}/{library.folder}", places.library(root))
     _check(done, host, root, _DISK)
     facts = _facts(done)
     return _There(facts["system"], facts["machine"], facts["uv"], int(facts["files"]), facts["link"])
@@ -297,10 +297,10 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
 def _bring_library(host: Host, root: str, library: _Library, *, there: _There) -> Sequence[str]:
     if there.files != library.files:
         words = (root, library.name, library.hash, str(library.files))
-        _check(host.run(_script("lock", "setup_library"), *words, stdin=library.archive), host, root, _DISK)
+        _check(host.run(script_text("lock", "setup_library"), *words, stdin=library.archive), host, root, _DISK)
         return [f"sent cvlaunch {__version__} ({format_size(len(library.archive))}) to {root}/{library.folder}"]
     if there.link != library.folder:
-        _check(host.run(_script("setup_link"), root, library.name, library.hash), host, root, _DISK)
+        _check(host.run(script_text("setup_link"), root, library.name, library.hash), host, root, _DISK)
         return [f"{root}/{library.name} is {library.folder} again"]
     return []
 
@@ -321,7 +321,7 @@ def _make_environment(
     uv = there.uv or _bring_uv(host, root, there, say=say)
     lock = requirements.read_bytes() if requirements else _own_lock("torch", "packages")
     pythons = _OWN_PYTHONS if requirements else _PYTHONS
-    done, made = _stream(host, _script("lock", "setup_environment"), root, env, uv, *pythons, stdin=lock, say=say)
+    done, made = _stream(host, script_text("lock", "setup_environment"), root, env, uv, *pythons, stdin=lock, say=say)
     _check(done, host, env, _INSTALLING)
     return made
 
@@ -339,10 +339,10 @@ def _bring_uv(host: Host, root: str, there: _There, *, say: Callable[[str], None
     if own is not None:
         packed = gzip.compress(own.read_bytes(), compresslevel=4, mtime=0)
         say(f"sending uv ({format_size(len(packed))})")
-        if host.run(_script("setup_uv_sent"), root, stdin=packed).code == 0:
+        if host.run(script_text("setup_uv_sent"), root, stdin=packed).code == 0:
             return f"{root}/bin/uv"
     say("fetching uv with pip")
-    done = host.run(_script("setup_uv_pip"), root, stdin=_own_lock("tools"))
+    done = host.run(script_text("setup_uv_pip"), root, stdin=_own_lock("tools"))
     if done.code:
         raise UnsupportedError(
             f"{host.name} has no uv, and none could be brought ({_last(done.err)}): put one at {root}/bin/uv, or set "
@@ -362,7 +362,7 @@ def _own_uv(there: _There) -> Path | None:
 
 def _check_python(host: Host, root: str, python: str, setup: Sequence[str]) -> _Python:
     """SpecError if it doesn't start, is too old or imports another cvlaunch."""
-    script = "\n".join([*_before(setup), _script("setup_python")])
+    script = "\n".join([*_before(setup), script_text("setup_python")])
     done = host.run(script, python, places.library(root), root, _LOOK)
     facts = _facts(done)
     thing = f"{python} on {host.name}"
@@ -408,7 +408,7 @@ def bring_image(
     pull = PULLS[way]
     fields["registry"] = pull.hub if registry == _HUB else registry
     file = places.image(root, reference, digest=digest, ending=pull.ending)
-    script = "\n".join([*_before(setup), _script("lock", "setup_image")])
+    script = "\n".join([*_before(setup), script_text("lock", "setup_image")])
     done, _ = _stream(
         host, script, root, file, pull.wants.format_map(fields), pull.tool, pull.ending, pull.script, say=say
     )
@@ -438,10 +438,6 @@ def _parts(reference: str) -> tuple[str, str, str]:
 
 
 # ---- scripts, and what they said
-
-
-def _script(*names: str) -> str:
-    return "".join((_SCRIPTS / f"{name}.sh").read_text(encoding="utf-8") for name in names)
 
 
 def _before(setup: Sequence[str]) -> Iterator[str]:

@@ -13,11 +13,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
 from launcher._version import __version__
-from launcher.errors import SpecError, UnreachableError
+from launcher.errors import CvlaunchError, SpecError, UnreachableError
 from launcher.kube.access import Access, Loaded, load_access
 from launcher.kube.refusals import NotSentError, Refusal, refusal_error, transport_error
 
@@ -65,9 +66,10 @@ _RESOURCES: Mapping[str, tuple[str, bool]] = {
 _PAGE = "500"
 _FRESH_STARTS = 5
 """Of a list whose pages went out of date; a page is good for 5 minutes or so."""
-_ATTEMPTS = 6
+_ATTEMPTS, _PATIENCE_S = 6, 20.0
+"""Whichever ends first."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
-_LONGEST_RETRY_AFTER_S = 60.0
+_LONGEST_RETRY_AFTER_S = 30.0
 _CONNECT_S, _READ_S = 10.0, 60.0
 _EARLY_S = 30.0
 """How long before its end a token is renewed."""
@@ -120,7 +122,7 @@ class Cluster:
 
     def get(self, path: str, **query: str) -> Json | None:
         """None: there is none."""
-        return self._ask("GET", path, query=query)
+        return self._ask(_Request("GET", path, query=query))
 
     def list(self, path: str, *, labels: str = "", fields: str = "", **query: str) -> Iterator[Json]:
         """Page by page, each object once.
@@ -143,39 +145,38 @@ class Cluster:
 
     def create(self, path: str, body: Json) -> Json:
         """UnreachableError leaves open whether the object is there now."""
-        answer = self._send("POST", path, body=body, patient=False)
+        request = _Request("POST", path, body=body, patient=False)
+        answer = self._send(request)
         if answer.status >= 300:
-            raise self._error(answer, "POST", path)
-        texts = [text for header in _all(answer, "Warning") for text in _WARNING.findall(header)]
+            raise self._refused(_refusal(answer, request))
+        texts = [text for header in answer.headers.getlist("Warning") for text in _WARNING.findall(header)]
         self._warnings = [re.sub(r"\\(.)", r"\1", text) for text in texts]
         return self._json(answer)
 
     def patch(self, path: str, body: Json | Sequence[Json], *, form: Literal["merge", "json"]) -> Json | None:
         """None: there is no such object. ConflictError: it has changed since it was read."""
-        return self._ask("PATCH", path, body=body, form=_FORMS[form], patient=False)
+        return self._ask(_Request("PATCH", path, body=body, form=_FORMS[form], patient=False))
 
     def delete(self, path: str, *, propagation: str = "Background", grace_s: int | None = None) -> bool:
         """Whether it was there."""
         options: Json = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         if grace_s is not None:
             options["gracePeriodSeconds"] = grace_s
-        return self._ask("DELETE", path, body=options) is not None
+        return self._ask(_Request("DELETE", path, body=options)) is not None
 
     def lines(self, path: str, *, silence_s: float = _READ_S, **query: str) -> Iterator[bytes]:
         """A streamed answer by lines, without their ends; nothing where there is no such object.
 
         UnreachableError when the stream breaks or is silent for so long; a piece of a line is then dropped.
         """
-        answer = self._send("GET", path, query=query, stream=True, read_s=silence_s)
-        try:
-            if answer.status == 404:
-                return
-            if answer.status >= 300:
-                raise self._error(answer, "GET", path)
-            with self._transport():
+        request = _Request("GET", path, query=query, stream=True, read_s=silence_s)
+        answer = self._send(request)
+        with contextlib.closing(answer), self._transport():
+            refusal = _refusal(answer, request) if answer.status >= 300 else None
+            if refusal is None:
                 yield from _split_lines(answer.stream(None))
-        finally:
-            answer.close()
+            elif not refusal.missing:
+                raise self._refused(refusal)
 
     def socket(self, path: str, *, query: Sequence[tuple[str, str]], protocol: str) -> websocket.WebSocket:
         """protocol: those that we speak, the best first, with commas; `getsubprotocol()` tells which it became."""
@@ -184,12 +185,13 @@ class Cluster:
             self._renew()
             answer = self._open_socket(path, query, protocol)
         if isinstance(answer, Refusal):
-            raise refusal_error(answer, self._reach()[0], self.namespace)
+            raise self._refused(answer)
         return answer
 
-    def allowed(self, verb: str, resource: str, *, sub: str = "", namespace: str | None = None) -> bool:
+    def allowed(self, verb: str, resource: str, *, name: str = "", sub: str = "", namespace: str | None = None) -> bool:
+        """Whether we may. name: of one object; all of them otherwise."""
         api, namespaced = _RESOURCES[resource]
-        asked = {"verb": verb, "resource": resource, "group": api.rpartition("/")[0], "subresource": sub}
+        asked = {"verb": verb, "resource": resource, "group": api.rpartition("/")[0], "subresource": sub, "name": name}
         if namespaced:
             asked["namespace"] = self.namespace if namespace is None else namespace
         body = {
@@ -197,7 +199,7 @@ class Cluster:
             "kind": "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": asked},
         }
-        found = self._ask("POST", self.path("selfsubjectaccessreviews"), body=body) or {}
+        found = self._ask(_Request("POST", self.path("selfsubjectaccessreviews"), body=body)) or {}
         return bool(found.get("status", {}).get("allowed"))
 
     def has_api(self, group_version: str) -> bool:
@@ -205,85 +207,66 @@ class Cluster:
 
     # -- one question -------------------------------------------------------------------------------------------------
 
-    def _ask(self, method: str, path: str, **how: Any) -> Json | None:
-        answer = self._send(method, path, **how)
-        refusal = self._refusal(answer, method, path) if answer.status >= 300 else None
-        if refusal and refusal.missing:
+    def _ask(self, request: _Request) -> Json | None:
+        answer = self._send(request)
+        if answer.status < 300:
+            return self._json(answer)
+        refusal = _refusal(answer, request)
+        if refusal.missing:
             return None
-        if refusal:
-            raise refusal_error(refusal, self._reach()[0], self.namespace)
-        return self._json(answer)
+        raise self._refused(refusal)
 
     def _pages(self, path: str, query: Mapping[str, str]) -> Iterator[Json]:
         token: str | None = ""
         while token is not None:
-            answer = self._send("GET", path, query={**query, "continue": token} if token else query)
+            request = _Request("GET", path, query={**query, "continue": token} if token else query)
+            answer = self._send(request)
             if answer.status == 410:
                 raise _OutdatedError
             if answer.status >= 300:
-                raise self._error(answer, "GET", path)
+                raise self._refused(_refusal(answer, request))
             page = self._json(answer)
             yield from page.get("items") or ()
             token = page.get("metadata", {}).get("continue") or None
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        body: Json | Sequence[Json] | None = None,
-        form: str = "application/json",
-        patient: bool = True,
-        stream: bool = False,
-        read_s: float = _READ_S,
-    ) -> urllib3.BaseHTTPResponse:
-        """The answer, whatever it says, after some patience. patient: it may be sent twice."""
-        url = f"{path}?{urlencode(query)}" if query else path
-        content = None if body is None else json.dumps(body).encode()
-        renewed = False
-        for attempt in range(1, _ATTEMPTS + 1):
-            last = attempt == _ATTEMPTS
+    def _send(self, request: _Request) -> urllib3.BaseHTTPResponse:
+        """The answer, whatever it says, after some patience."""
+        until, attempt, renewed = time.monotonic() + _PATIENCE_S, 0, False
+        while True:
+            attempt += 1
+            last = attempt == _ATTEMPTS or time.monotonic() > until
             try:
-                answer = self._send_once(method, url, content, form=form, stream=stream, read_s=read_s)
+                answer = self._send_once(request)
             except UnreachableError as error:
-                if last or not (patient or isinstance(error, NotSentError)):
+                if last or not (request.patient or isinstance(error, NotSentError)):
                     raise
                 self._sleep(_back_off(attempt))
                 continue
             if answer.status == 401 and not renewed:
                 renewed = True
-                answer.close()
                 self._renew()
-            elif not last and (answer.status == 429 or (patient and answer.status >= 500)):
-                wait = _retry_after(answer)
-                answer.close()
-                self._sleep(_back_off(attempt) if wait is None else wait)
+            elif last or not request.again_after(answer.status):
+                return answer
             else:
-                break
-        return answer
+                self._sleep(_retry_after(answer) or _back_off(attempt))
+            answer.close()
 
-    def _send_once(
-        self, method: str, url: str, content: bytes | None, *, form: str, stream: bool, read_s: float
-    ) -> urllib3.BaseHTTPResponse:
+    def _send_once(self, request: _Request) -> urllib3.BaseHTTPResponse:
         import urllib3
 
         loaded, pool = self._reach()
-        headers = {"Accept": "application/json, */*", "User-Agent": f"cvlaunch/{__version__}", **loaded.headers()}
-        if content is not None:
-            headers["Content-Type"] = form
         with self._lock:
             self._calls += 1
         with self._transport():
             return pool.request(
-                method,
-                loaded.server + url,
-                body=content,
-                headers=headers,
-                preload_content=not stream,
+                request.method,
+                f"{loaded.server}{request.path}{'?' if request.query else ''}{urlencode(request.query)}",
+                body=request.content,
+                headers={**request.headers, **loaded.headers()},
+                preload_content=not request.stream,
                 redirect=False,
                 retries=False,
-                timeout=urllib3.Timeout(connect=_CONNECT_S, read=read_s),
+                timeout=urllib3.Timeout(connect=_CONNECT_S, read=request.read_s),
             )
 
     @contextlib.contextmanager
@@ -303,11 +286,8 @@ class Cluster:
         what = self._reach()[0].what
         raise SpecError(f"{what}: what answers is not the API of a cluster: correct `server` in the kubeconfig")
 
-    def _refusal(self, answer: urllib3.BaseHTTPResponse, method: str, path: str) -> Refusal:
-        return Refusal.parse(answer.status, answer.data, method=method, path=path, to=answer.headers.get("Location"))
-
-    def _error(self, answer: urllib3.BaseHTTPResponse, method: str, path: str) -> Exception:
-        return refusal_error(self._refusal(answer, method, path), self._reach()[0], self.namespace)
+    def _refused(self, refusal: Refusal) -> CvlaunchError:
+        return refusal_error(refusal, self._reach()[0], self.namespace)
 
     # -- the way there ------------------------------------------------------------------------------------------------
 
@@ -349,6 +329,34 @@ class Cluster:
         return channel
 
 
+@dataclass(frozen=True)
+class _Request:
+    """patient: it may be sent twice. stream: the body comes bit by bit, read_s apart at most."""
+
+    method: str
+    path: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: Json | Sequence[Json] | None = None
+    form: str = "application/json"
+    patient: bool = True
+    stream: bool = False
+    read_s: float = _READ_S
+
+    @property
+    def content(self) -> bytes | None:
+        return None if self.body is None else json.dumps(self.body).encode()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"Accept": "application/json, */*", "User-Agent": f"cvlaunch/{__version__}"}
+        if not self.stream:  # a long list is a tenth of its size
+            headers["Accept-Encoding"] = "gzip"
+        return headers if self.body is None else {**headers, "Content-Type": self.form}
+
+    def again_after(self, status: int) -> bool:
+        return status == 429 or (self.patient and status >= 500)
+
+
 class _OutdatedError(Exception):
     """410: the token for the next page has expired."""
 
@@ -367,8 +375,9 @@ def _retry_after(answer: urllib3.BaseHTTPResponse) -> float | None:
     return min(float(text), _LONGEST_RETRY_AFTER_S) if text.isdecimal() else None
 
 
-def _all(answer: urllib3.BaseHTTPResponse, header: str) -> list[str]:
-    return [value for key, value in answer.headers.items() if key.lower() == header.lower()]
+def _refusal(answer: urllib3.BaseHTTPResponse, request: _Request) -> Refusal:
+    to = answer.headers.get("Location")
+    return Refusal.parse(answer.status, answer.data, method=request.method, path=request.path, to=to)
 
 
 def _split_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:

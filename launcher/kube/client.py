@@ -143,9 +143,9 @@ class Cluster:
                 continue
         raise UnreachableError(f"{self.where}: the list changes faster than it can be read: try again")
 
-    def create(self, path: str, body: Json) -> Json:
+    def create(self, path: str, body: Json, **query: str) -> Json:
         """UnreachableError leaves open whether the object is there now."""
-        request = _Request("POST", path, body=body, patient=False)
+        request = _Request("POST", path, query=query, body=body, patient=False)
         answer = self._send(request)
         if answer.status >= 300:
             raise self._refused(_refusal(answer, request))

@@ -26,19 +26,19 @@ from dataclasses import dataclass
 from launcher.errors import SpecError, nearest
 
 __all__ = [
+    "GPU_RESOURCE",
+    "LABELS",
     "MODELS",
-    "RESOURCE",
     "WAYS",
     "Found",
     "Requirement",
-    "check_resource",
     "found_on",
     "is_gpu",
     "node_requirement",
     "toleration_key",
 ]
 
-WAYS: Mapping[str, str] = {
+LABELS: Mapping[str, str] = {
     "gfd": "nvidia.com/gpu.product",
     "gke": "cloud.google.com/gke-accelerator",
     "karpenter": "karpenter.k8s.aws/instance-gpu-name",
@@ -48,6 +48,7 @@ WAYS: Mapping[str, str] = {
     "amd": "amd.com/gpu.product-name",
 }
 """How a cluster labels its nodes → the label's key."""
+WAYS = tuple(LABELS)
 
 _GFD: Mapping[str, Sequence[str]] = {
     "A100": ("NVIDIA-A100-SXM4-80GB", "NVIDIA-A100-80GB-PCIe", "NVIDIA-A100-SXM4-40GB", "NVIDIA-A100-PCIE-40GB",
@@ -144,7 +145,7 @@ MODELS: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 """Way → model as job files name it → the label's values of whole cards. A general name stands before narrower ones."""
 
-RESOURCE = re.compile(
+GPU_RESOURCE = re.compile(
     r"nvidia\.com/mig-(?:\d+c\.)?\d+g\.\d+gb(?:\.[a-z]+)*"
     r"|(?:nvidia\.com|amd\.com)/(?!mig)[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
     r"|gpu\.intel\.com/(?:i915|xe)"
@@ -178,23 +179,19 @@ def node_requirement(
 ) -> Requirement | None:
     """What a node's label must say to have one of the models; None if any will do.
 
-    way: one of WAYS, or the key of a label that the cluster has of its own; then `values` must have all models.
+    way: one of WAYS.
     values: the target's own label values for a model, instead of ours. A word that is a label value stands for itself.
     Raises SpecError, key `resources.gpu`, for a model that has no value.
     """
     if not models:
         return None
-    key = WAYS.get(way, way)
-    if "/" not in key:
-        there = f"{nearest(way, WAYS) or ';'} there are {', '.join(WAYS)}, or a label's key such as example.com/gpu"
-        raise SpecError(f"{way!r} is no way to label nodes{there}", key="gpu_label")
     own = {model.lower(): tuple(labels) for model, labels in (values or {}).items()}
     found = (value for model in models for value in own.get(model.lower()) or _values(model, way, own))
-    return Requirement(key, tuple(dict.fromkeys(found)))
+    return Requirement(LABELS[way], tuple(dict.fromkeys(found)))
 
 
 def _values(model: str, way: str, own: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    table = MODELS.get(way, {})
+    table = MODELS[way]
     known = {name.lower(): labels for name, labels in table.items()}
     labels = {value.lower(): value for listed in table.values() for value in listed}
     if model.lower() in known:
@@ -205,19 +202,18 @@ def _values(model: str, way: str, own: Mapping[str, Sequence[str]]) -> Sequence[
 
 
 def _unknown(model: str, way: str, names: Sequence[str]) -> str:
-    hint = nearest(model.upper(), names)
     ways = [other for other, table in MODELS.items() if model.upper() in table and other != way]
     elsewhere = f" (known for {', '.join(ways)})" if ways else ""
+    hint = nearest(model.upper(), [name.upper() for name in names]) or ";"
     return (
-        f"no value of the node label {WAYS.get(way, way)} is known for {model!r}{elsewhere}{hint or ';'}"
-        f" write it in the target: gpu_values: {{{model}: [VALUE]}};"
-        f" `kubectl get nodes -L {WAYS.get(way, way)}` shows values"
+        f"no value of the node label {LABELS[way]} is known for {model!r}{elsewhere}{hint} write it in the target:"
+        f" gpu_values: {{{model}: [VALUE]}}; `kubectl get nodes -L {LABELS[way]}` shows values"
     )
 
 
 def found_on(labels: Mapping[str, str]) -> Found | None:
     """What a node's labels say about its GPUs, by the first way that it is labelled in; None without such a label."""
-    for way, key in WAYS.items():
+    for way, key in LABELS.items():
         if value := labels.get(key):
             return Found(way, value, next(_models(value, way), None))
     return None
@@ -229,17 +225,7 @@ def _models(value: str, way: str) -> Iterator[str]:
 
 def is_gpu(resource: str) -> bool:
     """Whether a node's resource is one of GPUs."""
-    return RESOURCE.fullmatch(resource) is not None
-
-
-def check_resource(resource: str) -> str:
-    """`resource` as it stands. ValueError for what no device plugin calls its GPUs."""
-    if not is_gpu(resource):
-        usual = ("nvidia.com/gpu", "nvidia.com/mig-1g.5gb", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe")
-        raise ValueError(
-            f"{resource!r} is no GPU resource{nearest(resource, usual) or ';'} one looks like {', '.join(usual)}"
-        )
-    return resource
+    return GPU_RESOURCE.fullmatch(resource) is not None
 
 
 def toleration_key(resource: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -35,16 +36,16 @@ def load_template(backend: type[Backend], folder: str | None = None) -> str:
     places = [Path(folder).expanduser()] if folder else []
     places.append(_own_templates(backend))
     for place in places:
-        path = place / backend.name / backend.template
+        path = place / backend.template
         if path.is_file():
             return _read_text(path)
-    raise SpecError(f"no template {backend.name}/{backend.template} in {', '.join(map(str, places))}")
+    raise SpecError(f"no template {backend.template} in {', '.join(map(str, places))}")
 
 
 def _own_templates(backend: type[Backend]) -> Path:
     """Ours, or a plug-in's: `templates` beside its module."""
     beside = Path(sys.modules[backend.__module__].__file__ or "").parent / "templates"
-    return beside if (beside / backend.name).is_dir() else templates_folder()
+    return beside if (beside / backend.template).is_file() else templates_folder()
 
 
 def _read_text(path: Path) -> str:
@@ -55,8 +56,9 @@ def _read_text(path: Path) -> str:
 
 
 def eject_templates(backend: type[Backend], to: Path) -> Path:
-    """Copies our templates of one backend into `to/<backend>/`, to be changed there. Overwrites nothing."""
-    source, copy = _own_templates(backend) / backend.name, to / backend.name
+    """Copies our templates of one backend into their folder below `to`, to be changed there. Overwrites nothing."""
+    folder = Path(backend.template).parent
+    source, copy = _own_templates(backend) / folder, to / folder
     if copy.exists():
         raise SpecError(f"{copy} is there already; remove it, or edit it as it is")
     shutil.copytree(source, copy)
@@ -106,12 +108,12 @@ def job_file(backend: Backend, job: Job, run_id: str) -> JobFile:
 def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan:
     """Pure: the same arguments give the same bytes. template: the text from `load_template`."""
     described = job_file(backend, job, run_id)
-    text = _render(template, backend.context(job, run_id, described), name=f"{backend.name}/{backend.template}")
+    text = _render(template, backend.context(job, run_id, described), name=backend.template)
     text = _with_overlay(text, backend.form, job.target.overlay)
     files: dict[str, bytes | str] = {} if backend.inline_job else {JOB: described.to_bytes()}
     if job.code_archive:
         files[CODE] = job.code_archive
-    missing = tuple(_placeholders(backend, template))
+    missing = tuple(_placeholders(backend, template, job.output))
     shm = _shm(job, backend)
     return Plan(
         run_id=run_id,
@@ -143,19 +145,19 @@ def _shm_is_short(job: Job, backend: Backend) -> bool:
     return not there.how and there.size is not None and (job.shm or 0) > there.size
 
 
-def _placeholders(backend: Backend, template: str) -> Iterator[str]:
+def _placeholders(backend: Backend, template: str, output: str) -> Iterator[str]:
     """What nobody has given yet: keys of the target that a stand-in fills, and where else REPLACE-ME was left.
 
     Only the target and the template are looked at: in a job's own values the word means what the user wants.
     """
     for key, stand_in in backend.placeholders.items():
-        if getattr(backend.target, key) is None:
+        if getattr(backend.target, key) is None and (key != "output" or output == stand_in):
             yield f"the key {key} of target {backend.target_name!r} ({stand_in})"
     for place, value in _texts(backend.target.model_dump(mode="json")):
         if PLACEHOLDER in value:
             yield f"the key {place} of target {backend.target_name!r} ({value})"
     if PLACEHOLDER in template:
-        yield f"{PLACEHOLDER} in the template {backend.name}/{backend.template}"
+        yield f"{PLACEHOLDER} in the template {backend.template}"
 
 
 def _texts(content: object, place: str = "") -> Iterator[tuple[str, str]]:
@@ -177,7 +179,12 @@ class _Filtered(str):
 
 
 def _tojson(value: object) -> _Filtered:
-    return _Filtered(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain))
+    """Means the same in YAML, which takes some characters for line ends and forbids others."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    return _Filtered(_NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def _plain(value: object) -> object:
@@ -238,7 +245,18 @@ def _with_overlay(text: str, form: str, overlay: Mapping[str, Any] | list[Any] |
     if form == "json":
         return json.dumps(_patched(content, overlay), indent=2, ensure_ascii=False) + "\n"
     patched = [_patched(content[0], overlay), *content[1:]]
-    return str(yaml.safe_dump_all(patched, sort_keys=False, allow_unicode=True, width=10**6))
+    return str(yaml.dump_all(patched, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines stand as blocks, so that people can read them."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _block)
 
 
 def _patched(content: Any, overlay: Mapping[str, Any] | list[Any] | None) -> Any:

@@ -144,6 +144,7 @@ def _output(spec: JobSpec, selected: Selected, backend: Backend, *, folder: Path
     On another machine only an absolute path says which one is meant.
     """
     written, start = (spec.output, folder) if spec.output else (selected.target.output, selected.folder)
+    written = written or backend.placeholders.get("output")
     if not written:
         raise SpecError(
             f"target {selected.name!r} doesn't say where runs are kept; add output: s3://bucket/prefix", key="output"
@@ -371,7 +372,7 @@ class _Resolver:
         if scheme(uri) == "file" and not path_of(uri).is_dir():  # a path that only the target sees
             return None
         try:
-            return manifest.read(open_store(uri, self.selected.target.storage.options))
+            return manifest.read(self.backend.store(uri) or open_store(uri, self.selected.target.storage.options))
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from error
 

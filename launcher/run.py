@@ -29,6 +29,7 @@ from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
 from launcher.submission import backend_of, prepare, reconcile_many, resend, send, store_of
+from launcher.supervised import ended_state
 from launcher.sweep import prepare_many, send_many
 from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
 from launcher.targets import load_targets
@@ -426,9 +427,29 @@ def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> No
     handles = {record.run_id: Handle.parse(record.handle) for record in known if record.handle}
     if not handles:
         return
-    answers = backend_of(known[0]).status(list(handles.values()))
+    backend = backend_of(known[0])
+    answers = backend.status(list(handles.values()))
     asked = [record for record in known if record.run_id in handles and record.run_id in ledger]
-    _keep({r.run_id: (r, _settled(r, answers[handles[r.run_id]], now)) for r in asked}, ledger, now)
+    found = {r.run_id: _with_evidence(r, answers[handles[r.run_id]], backend) for r in asked}
+    _keep({r.run_id: (r, _settled(r, found[r.run_id], now)) for r in asked}, ledger, now)
+
+
+def _with_evidence(record: RunRecord, status: Status, backend: Backend) -> Status:
+    """What the run left in its output store tells of its end where the platform knows it no more."""
+    if status.state is not State.UNKNOWN or status.native != "gone":
+        return status
+    with contextlib.suppress(CvlaunchError, OSError, ValueError):
+        store = store_of(record, backend)
+        with contextlib.suppress(FileNotFoundError):
+            left = json.loads(store.read(contract.RESULT))
+            state, code = ended_state(left.get("state"), int(left["exit_code"])), int(left["exit_code"])
+            reason, attempt = str(left.get("reason") or ""), int(left.get("attempt") or 1)
+            return dataclasses.replace(
+                status, state=state, reason=reason, exit_code=code, attempt=attempt, ended=left.get("ended")
+            )
+        if store.head(contract.CANCEL) is not None:
+            return dataclasses.replace(status, state=State.CANCELLED, reason="cancelled")
+    return status
 
 
 def _settled(record: RunRecord, status: Status, now: float) -> Status:

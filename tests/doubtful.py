@@ -33,6 +33,7 @@ class DoubtfulTarget(LocalTarget):
 class DoubtfulBackend(LocalBackend):
     name: ClassVar[str] = "doubtful"
     Target: ClassVar[type[BaseTarget]] = DoubtfulTarget
+    template: ClassVar[str] = "doubtful/process.json.j2"
     doubt_s: ClassVar[float] = 300.0
     features: ClassVar[Mapping[Feature, Support]] = {
         **LocalBackend.features,

@@ -185,8 +185,8 @@ def test_an_overlay_that_does_not_apply_is_told() -> None:
 
 
 def test_a_user_s_template_goes_before_ours(tmp_path: Path) -> None:
-    copy = eject_templates(LocalBackend, tmp_path)
-    (copy / LocalBackend.template).write_text("{}")
+    eject_templates(LocalBackend, tmp_path)
+    (tmp_path / LocalBackend.template).write_text("{}")
     assert load_template(LocalBackend, str(tmp_path)) == "{}"
     assert load_template(LocalBackend, str(tmp_path / "empty")) == load_template(LocalBackend)
     with pytest.raises(SpecError, match="is there already"):
@@ -243,8 +243,8 @@ def test_a_placeholder_is_not_sent(tmp_path: Path) -> None:
 
 def test_a_template_is_utf_8_on_every_machine(tmp_path: Path) -> None:
     """Whatever the language of the user is: here ASCII."""
-    copy = eject_templates(LocalBackend, tmp_path)
-    (copy / LocalBackend.template).write_text('{"greeting": "grüß ☃"}', encoding="utf-8")
+    eject_templates(LocalBackend, tmp_path)
+    (tmp_path / LocalBackend.template).write_text('{"greeting": "grüß ☃"}', encoding="utf-8")
     script = (
         "import sys; from launcher.plan import load_template; from launcher.backends.local import LocalBackend; "
         "sys.stdout.buffer.write(load_template(LocalBackend, sys.argv[1]).encode())"
@@ -252,7 +252,7 @@ def test_a_template_is_utf_8_on_every_machine(tmp_path: Path) -> None:
     environ = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environ, capture_output=True, check=False)
     assert done.stdout.decode() == '{"greeting": "grüß ☃"}', done.stderr.decode()
-    (copy / LocalBackend.template).write_bytes(b"\xff")
+    (tmp_path / LocalBackend.template).write_bytes(b"\xff")
     with pytest.raises(SpecError, match=f"{LocalBackend.template}: not a text file"):
         load_template(LocalBackend, str(tmp_path))
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import re
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -20,7 +19,6 @@ import yaml
 from launcher import JobSpec, Run, State, render, submit, submit_many
 from launcher.errors import CapacityError, SpecError, UnreachableError
 from launcher.ledger import Ledger
-from launcher.paths import templates_folder
 from launcher.run import refresh
 from launcher.sweep import MOST_RUNS, combinations
 from tests.cli_tool import COMMAND, cli, cli_json
@@ -73,7 +71,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[cvlaunch.backends]\ncounting = counting_plugin:CountingBackend\n")
     (site / "counting_plugin.py").write_text(COUNTING)
-    shutil.copytree(templates_folder() / "local", site / "templates/counting")
     monkeypatch.syspath_prepend(str(site))
     (tmp_path / "marks").mkdir()
     mark = ["sh", "-c", f'mktemp {tmp_path}/marks/"$NAME"-XXXXXXXX']

@@ -15,7 +15,9 @@ GROUP = "cvlaunch.backends"
 
 _BUILT_IN = {
     "container": "launcher.backends.container:ContainerBackend",
+    "kubernetes": "launcher.backends.kubernetes:KubernetesBackend",
     "local": "launcher.backends.local:LocalBackend",
+    "openshift": "launcher.backends.kubernetes:OpenShiftBackend",
     "slurm": "launcher.backends.slurm:SlurmBackend",
 }
 

@@ -82,7 +82,9 @@ class BaseTarget(Model):
     )
     storage: Storage = Storage()
     notify: Notify = Notify()
-    templates: str | None = Field(None, description="folder with <backend>/<template>, looked in before ours")
+    templates: str | None = Field(
+        None, description="folder with templates (kubernetes/job.yaml.j2), looked in before ours"
+    )
     overlay: dict[str, Any] | list[dict[str, Any]] | None = Field(
         None, description="changes to the rendered text: a JSON merge patch (mapping) or a JSON patch (list)"
     )
@@ -281,7 +283,7 @@ class Adopts(Protocol):
 class Backend(Protocol):
     """One platform, bound to one target. Holds no state but its target.
 
-    `template` is looked for in `templates/<name>/`. `form` says how Plan.text is parsed: json, yaml or script.
+    `template` is `<folder>/<file>` below `templates/`. `form` says how Plan.text is parsed: json, yaml or script.
     `inline_job`: job.json travels in the text; otherwise in Plan.files.
     `doubt_s`: how long a job that was sent may stay invisible to `find`.
     """
@@ -294,7 +296,7 @@ class Backend(Protocol):
     doubt_s: ClassVar[float]
     features: ClassVar[Mapping[Feature, Support]]
     placeholders: ClassVar[Mapping[str, str]]
-    """Key of the target → well-formed stand-in, marked REPLACE-ME, that `context` takes where the target has none."""
+    """Key of the target → well-formed stand-in, marked REPLACE-ME, for what neither it nor (`output`) the job gives."""
 
     def __init__(self, target: Any, target_name: str) -> None: ...
 

@@ -98,7 +98,7 @@ class ContainerTarget(BaseTarget):
 class ContainerBackend:
     name: ClassVar[str] = "container"
     Target: ClassVar[type[BaseTarget]] = ContainerTarget
-    template: ClassVar[str] = "container.json.j2"
+    template: ClassVar[str] = "container/container.json.j2"
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 0.0

@@ -65,7 +65,7 @@ class LocalTarget(BaseTarget):
 class LocalBackend:
     name: ClassVar[str] = "local"
     Target: ClassVar[type[BaseTarget]] = LocalTarget
-    template: ClassVar[str] = "process.json.j2"
+    template: ClassVar[str] = "local/process.json.j2"
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 0.0

@@ -206,7 +206,7 @@ class SlurmTarget(BaseTarget):
 class SlurmBackend:
     name: ClassVar[str] = "slurm"
     Target: ClassVar[type[BaseTarget]] = SlurmTarget
-    template: ClassVar[str] = "job.sbatch.j2"
+    template: ClassVar[str] = "slurm/job.sbatch.j2"
     form: ClassVar[Literal["json", "yaml", "script"]] = "script"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 60.0

@@ -41,6 +41,7 @@ from launcher.runner.result import (
     complete_checkpoints,
     judge,
     last_metrics,
+    leave_word,
     read_exit_file,
     write_failure,
 )
@@ -357,6 +358,8 @@ class Attempt:
         upload = self._finish_upload(uploader)
         with self._as_room_allows("result.json"):
             self._write_result(outcome, upload)
+        reason = self._log.mask(outcome.reason)
+        leave_word(self._environ, outcome.state, outcome.exit_code, reason, attempt=self._progress.attempt)
         self._pulse.end()
         self._progress.phase = "ended"
         self._within_grace(self._pulse.beat)

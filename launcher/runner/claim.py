@@ -18,13 +18,16 @@ from launcher.contract import OWNER, canonical_json
 from launcher.errors import SpecError
 from launcher.stores import Store
 
-__all__ = ["COUNTS", "Owner", "claim", "owner_here"]
+__all__ = ["COUNTED", "COUNTS", "Owner", "claim", "owner_here"]
 
 _NATIVE_IDS = ("CVLAUNCH_NATIVE_ID", "SLURM_JOB_ID", "CLOUD_ML_JOB_ID", "TRAINING_JOB_ARN")
 """The platform's own name of this job; the same when the platform starts it again."""
 
 COUNTS = ("CVLAUNCH_ATTEMPT", "CVLAUNCH_SUBMISSION", "SLURM_RESTART_COUNT")
 """Variables that hold numbers: the attempt from 1, the submission from 1, SLURM's own restarts from 0."""
+
+COUNTED = ("CVLAUNCH_ATTEMPT", "SLURM_RESTART_COUNT")
+"""Those that give all nodes of a job the same attempt; without one each node counts its own."""
 
 _BEING_WRITTEN_S = 2.0
 """A folder without hard links shows a claim before all of it is written."""
@@ -54,13 +57,14 @@ def owner_here(run_id: str, job_digest: str, environ: Mapping[str, str], *, now:
     return Owner(run_id, job_digest, native_id, attempt, socket.gethostname(), os.getpid(), now, submission)
 
 
-def claim(store: Store, me: Owner, *, counted: bool) -> Owner | None:
+def claim(store: Store, me: Owner, *, counted: bool, where: str = "") -> Owner | None:
     """The owner that we now are, None if another submission runs this run. SpecError if it is another job's folder.
 
+    where: prefix in the store, for a node that keeps its own account.
     counted: our attempt was given; otherwise a platform that starts the same job again gets the next number, and so
     does a job that was sent later on purpose.
     """
-    newest = _read(store, OWNER)
+    newest = _read(store, where + OWNER)
     _same_job(store, me, newest)
     ours = _same_submission(me, newest) or me.submission > _number(newest, "submission", 1)
     if ours and not counted:
@@ -68,13 +72,13 @@ def claim(store: Store, me: Owner, *, counted: bool) -> Owner | None:
     elif not ours and newest and (not counted or _attempt(newest) > me.attempt):
         return None
     try:
-        store.write(f"{OWNER}-{me.attempt}", me.to_bytes(), if_absent=True)
+        store.write(f"{where}{OWNER}-{me.attempt}", me.to_bytes(), if_absent=True)
     except FileExistsError:
-        holder = _holder(store, me.attempt)
+        holder = _holder(store, f"{where}{OWNER}-{me.attempt}")
         _same_job(store, me, holder)
         if not _same_submission(me, holder):
             return None
-    store.write(OWNER, me.to_bytes())
+    store.write(where + OWNER, me.to_bytes())
     return me
 
 
@@ -91,10 +95,10 @@ def _same_submission(me: Owner, other: Mapping[str, Any]) -> bool:
     return bool(me.native_id) and other.get("native_id") == me.native_id
 
 
-def _holder(store: Store, attempt: int) -> Mapping[str, Any]:
+def _holder(store: Store, path: str) -> Mapping[str, Any]:
     """Empty if it can't be read: somebody's it is all the same."""
     deadline = time.monotonic() + _BEING_WRITTEN_S
-    while not (holder := _read(store, f"{OWNER}-{attempt}")) and time.monotonic() < deadline:
+    while not (holder := _read(store, path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return holder
 

@@ -1,5 +1,7 @@
 """Log lines: to the runner's stdout as they are, to `output/logs/` with time and rank, secrets masked in both.
 
+Where the platform keeps what is printed, $CVLAUNCH_LOG=tagged prints the very lines of the file.
+
 A line of the file is `2026-11-21T23:19:31.123Z [0] text`; the tag is the rank, `-` the runner itself.
 """
 
@@ -29,8 +31,10 @@ _RANK = re.compile(r"\[default(\d+)\]:")
 class RunLog:
     """Thread-safe. What is said before `open` is kept and written to the file then."""
 
-    def __init__(self, *, out: int = 1, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, out: int = 1, tagged: bool = False, clock: Callable[[], float] = time.time) -> None:
+        """tagged: time and rank on stdout, too."""
         self._out: int | None = out
+        self._tagged = tagged
         self._clock = clock
         self._lock = threading.Lock()
         self._early: list[bytes] = []
@@ -79,7 +83,7 @@ class RunLog:
         with self._lock:
             if tag != "-":
                 self._last.append(text)
-            self._show(shown.encode(errors="replace") + b"\n")
+            self._show(entry if self._tagged else shown.encode(errors="replace") + b"\n")
             self._keep(entry)
 
     def _keep(self, entry: bytes) -> None:

@@ -22,7 +22,7 @@ from launcher.contract import (
     write_json,
 )
 from launcher.errors import SpecError
-from launcher.runner.claim import COUNTS, Owner, claim, owner_here
+from launcher.runner.claim import COUNTED, COUNTS, Owner, claim, owner_here
 from launcher.runner.job import JobSource
 from launcher.runner.logs import RunLog
 from launcher.runner.ranks import Ranks, find_ranks
@@ -91,7 +91,7 @@ def _enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
         place.store.write(place.where + STARTED, canonical_json(facts) + b"\n", if_absent=True)
     if place.store.head(CANCEL) is not None:
         raise NothingToRun("CANCELLED", f"{me.run_id} is cancelled; nothing is started", exit_code=EXIT_CANCELLED)
-    owner = claim(place.store, me, counted="CVLAUNCH_ATTEMPT" in environ) if place.first else me
+    owner = _claim(place, me, environ)
     if owner is None:
         message = f"another submission runs this run: {me.run_id} was submitted twice; nothing is started"
         raise NothingToRun("ERROR", message, exit_code=EXIT_DONE)
@@ -100,6 +100,12 @@ def _enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:
     make_folders(place.layout)
     _keep_job_file(place, data)
     return owner
+
+
+def _claim(place: Place, me: Owner, environ: Mapping[str, str]) -> Owner | None:
+    if not place.first and any(name in environ for name in COUNTED):
+        return me
+    return claim(place.store, me, counted="CVLAUNCH_ATTEMPT" in environ, where=place.where)
 
 
 def _keep_job_file(place: Place, data: bytes) -> None:

@@ -24,11 +24,14 @@ __all__ = [
     "complete_checkpoints",
     "judge",
     "last_metrics",
+    "leave_word",
     "read_exit_file",
     "write_failure",
 ]
 
 _FAILURE_LENGTH = 1024
+_LONGEST_WORD = 3000
+"""Bytes; Kubernetes keeps 4,096 of a container's last message."""
 
 
 class Word(StrEnum):
@@ -169,6 +172,16 @@ def last_metrics(path: Path) -> dict[str, float | None]:
     except OSError:
         return {}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def leave_word(environ: Mapping[str, str], state: str, code: int, reason: str, *, attempt: int | None = None) -> None:
+    """How it ended, as a line of JSON in the file that the platform shows: $CVLAUNCH_TERMINATION."""
+    path = environ.get("CVLAUNCH_TERMINATION")
+    if not path:
+        return
+    content = {"state": state, "exit_code": code, "reason": reason[: _LONGEST_WORD // 6], "attempt": attempt}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(content) + "\n", encoding="ascii")
 
 
 def write_failure(path: Path, reason: str, last_lines: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Values of the job's secrets: from the runner's environment, a 0600 file, or a platform's secret store."""
+"""Values of the job's secrets: from the runner's environment, a 0600 file, a folder, or a platform's secret store."""
 
 from __future__ import annotations
 
@@ -19,11 +19,26 @@ RESOLVERS: dict[str, Callable[[str], str]] = {}
 def read_secrets(names: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
     """Variable → value for each variable → reference. SpecError names the first one that is missing, never a value.
 
-    $CVLAUNCH_SECRETS_FILE: a file, or `-` for standard input, which has them once.
+    $CVLAUNCH_SECRETS_FILE: a file, or `-` for standard input, which has them once. $CVLAUNCH_SECRETS_FOLDER: a folder
+    with a file for each variable, as Kubernetes mounts them.
     """
-    path = environ.get("CVLAUNCH_SECRETS_FILE")
-    in_file = _read_file(path) if names and path else {}
-    return {name: _value(name, reference, {**environ, **in_file}) for name, reference in names.items()}
+    path, folder = environ.get("CVLAUNCH_SECRETS_FILE"), environ.get("CVLAUNCH_SECRETS_FOLDER")
+    known = {
+        **environ,
+        **(_read_file(path) if names and path else {}),
+        **(_read_folder(Path(folder), names) if folder else {}),
+    }
+    return {name: _value(name, reference, known) for name, reference in names.items()}
+
+
+def _read_folder(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """AuthError if others can read one of them."""
+    try:
+        return {name: require_private(folder / name).read_text("utf-8") for name in names if (folder / name).exists()}
+    except OSError as error:
+        raise SpecError(f"{error.filename} (CVLAUNCH_SECRETS_FOLDER): {error.strerror}") from error
+    except UnicodeDecodeError:  # `from error` would print the value
+        raise SpecError(f"a file in {folder} (CVLAUNCH_SECRETS_FOLDER) is not UTF-8") from None
 
 
 def _value(name: str, reference: str, known: Mapping[str, str]) -> str:
@@ -34,7 +49,9 @@ def _value(name: str, reference: str, known: Mapping[str, str]) -> str:
         if kind not in RESOLVERS:
             raise SpecError(f"the secret {name} is {reference}, which needs a runner of a cloud backend")
         return RESOLVERS[kind](rest)
-    raise SpecError(f"the secret {name} ({reference}) is neither in the environment nor in CVLAUNCH_SECRETS_FILE")
+    raise SpecError(
+        f"the secret {name} ({reference}) is neither in the environment nor in CVLAUNCH_SECRETS_FILE or _FOLDER"
+    )
 
 
 def _read_file(path: str) -> dict[str, str]:

@@ -1,0 +1,867 @@
+"""Kubernetes and OpenShift: one batch/v1 Job a run, which any cluster of version 1.29 or later takes.
+
+A single-node run is one object: job.json travels as an annotation of the pod, so that it is there at once or not at
+all. What needs the Job first (a Secret with values of this machine, the headless Service of several nodes) is made
+after it and belongs to it, and goes when it goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import AfterValidator, Field
+
+from launcher import beside
+from launcher.backends.base import (
+    Adopted,
+    BaseTarget,
+    Feature,
+    Handle,
+    Job,
+    LogLine,
+    Plan,
+    Problem,
+    Support,
+    Transport,
+)
+from launcher.contract import DEFAULT_ROOT, EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_PREEMPTED, OUTPUT_FOLDERS, JobFile
+from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchError, SpecError
+from launcher.kube import words
+from launcher.kube.client import Access, Cluster, Json
+from launcher.kube.gpus import WAYS, is_gpu, node_requirement, toleration_key
+from launcher.kube.volume import open_volume
+from launcher.kube.words import CONTAINER, Seen
+from launcher.quantities import format_size
+from launcher.rules import RULES, ContainerRules
+from launcher.shm import SHM, size_as_written
+from launcher.spec import Duration, Model
+from launcher.status import Status
+from launcher.stores import Store, join_uri, open_store, scheme
+
+__all__ = ["KubernetesBackend", "KubernetesTarget", "OpenShiftBackend", "OpenShiftTarget"]
+
+_IN_PLACE = dict.fromkeys(OUTPUT_FOLDERS, "in_place")
+_UPLOADED = dict.fromkeys(OUTPUT_FOLDERS, "runner")
+_CHANNELS = {"pvc": "mounted", "s3": "staged", "gs": "staged"}
+
+_CONFIG = "/etc/cvlaunch"
+_SECRETS = f"{_CONFIG}/secrets"
+_TERMINATION = "/dev/termination-log"
+_PORT = 29500
+
+_LONGEST_JOB = 200_000
+"""Bytes of job.json; the annotations of an object hold 256 KiB together."""
+_LEAST_MEMORY = 512 << 20
+"""Bytes that Python and torch need besides shared memory."""
+_USUAL_MEMORY = 2 << 30
+"""Asked for besides shared memory, where the job says nothing: a pod without a request is evicted first."""
+_AROUND_TIMEOUT_S = 15 * 60
+"""The pod's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
+_AT_ONCE = 8
+_NAMES_A_CALL = 100
+"""Of runs, in the label selector of one LIST: it travels in the URL."""
+_GONE_S = 120.0
+"""How long an ended Job may take to go, when its run is sent again."""
+
+_FOREIGN = {
+    "code": "a foreign image (runner: none) has nobody to bring it; build the code into the image",
+    "train": "the trainer is started by our runner; write runner: auto",
+}
+"""Key of the job → why a foreign image can't have it."""
+
+
+def _gpu_resource(value: str) -> str:
+    if not is_gpu(value):
+        raise ValueError(f"expected a resource such as nvidia.com/gpu or nvidia.com/mig-1g.5gb, found {value!r}")
+    return value
+
+
+class Spot(Model):
+    """Where pods go that may lose their node at any time."""
+
+    node_selector: dict[str, str] = Field({}, description="labels of spot nodes: {cloud.google.com/gke-spot: 'true'}")
+    tolerations: tuple[dict[str, Any], ...] = Field((), description="of the taints that spot nodes have")
+
+
+class KubernetesTarget(BaseTarget):
+    """A namespace of a cluster, the way to it, and what every pod there gets."""
+
+    backend: str = "kubernetes"
+    context: str | None = Field(None, description="of your kubeconfig; none: the current one, or the pod's we are in")
+    kubeconfig: str | None = Field(None, description="file; none: $KUBECONFIG, then ~/.kube/config")
+    namespace: str | None = Field(None, description="none: the context's; a project on OpenShift")
+    service_account: str | None = Field(None, description="of the pods: workload identity comes with it")
+    image_pull_secrets: tuple[str, ...] = Field((), description="Secrets by which images are pulled")
+    storage_secret: str | None = Field(
+        None, description="Secret whose keys become variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+    )
+    run_as_user: int | None = Field(1000, ge=1, description="user id of the pods; none: the image's own, not root")
+    fs_group: int | None = Field(1000, ge=0, description="group that owns volumes; none: the cluster decides")
+    read_only: bool = Field(True, description="the image's own folders can't be written")
+    gpu_resource: Annotated[str, AfterValidator(_gpu_resource)] = Field(
+        "nvidia.com/gpu", description="what a GPU is called: nvidia.com/mig-1g.5gb, amd.com/gpu"
+    )
+    gpu_label: str = Field(
+        "gfd", description=f"how nodes say which GPUs they have: {', '.join(WAYS)}, or the key of another label"
+    )
+    gpu_values: dict[str, tuple[str, ...]] = Field({}, description="GPU model → label values: {A100: [NVIDIA-A100X]}")
+    scales_up: bool = Field(False, description="nodes come when they are needed, so none has to be there at submission")
+    node_selector: dict[str, str] = Field({}, description="labels that nodes must have")
+    tolerations: tuple[dict[str, Any], ...] = Field((), description="as in a pod's specification")
+    spot: Spot | None = Field(None, description="nodes for jobs with resources.spot")
+    queue: str | None = Field(None, description="LocalQueue of Kueue")
+    queue_priority: str | None = Field(None, description="WorkloadPriorityClass of Kueue")
+    priority_class: str | None = Field(None, description="PriorityClass of the pods")
+    labels: dict[str, str] = Field({}, description="further labels of Job and pods")
+    annotations: dict[str, str] = Field({}, description="further annotations of the pods: sidecar.istio.io/inject")
+    interface: str | None = Field(None, description="network between nodes: eth0; none: NCCL and gloo choose")
+    pull_patience: Duration = Field(600.0, description="how long an image may fail to come until the job is ended: 10m")
+    helper_image: str | None = Field(
+        None, description="with Python, for pods that read a volume; none: that of the run which is read"
+    )
+    registry_inside: str | None = Field(
+        None, description="`registry` as the nodes reach it, where that is another name (OpenShift's own)"
+    )
+
+    @property
+    def access(self) -> Access:
+        return Access(context=self.context, kubeconfig=self.kubeconfig, namespace=self.namespace)
+
+
+class OpenShiftTarget(KubernetesTarget):
+    """Its security context constraint restricted-v2 gives each namespace a range of user ids and a group."""
+
+    backend: str = "openshift"
+    run_as_user: int | None = Field(None, ge=1, description="none: OpenShift takes one of the project's range")
+    fs_group: int | None = Field(None, ge=0, description="none: OpenShift takes the project's")
+
+
+class KubernetesBackend:
+    name: ClassVar[str] = "kubernetes"
+    Target: ClassVar[type[BaseTarget]] = KubernetesTarget
+    template: ClassVar[str] = "kubernetes/job.yaml.j2"
+    form: ClassVar[Literal["json", "yaml", "script"]] = "yaml"
+    inline_job: ClassVar[bool] = True
+    doubt_s: ClassVar[float] = 30.0
+    features: ClassVar[Mapping[Feature, Support]] = {
+        Feature.GPUS: Support(True),
+        Feature.MULTI_NODE: Support(True),
+        Feature.SHM: Support(True),
+        Feature.SPOT: Support(True),
+        Feature.RESTART: Support(True),
+        Feature.MAX_WAIT: Support(True),
+        Feature.SECRETS_CLIENT: Support(True),
+        Feature.SECRETS_STORE: Support(True),
+        Feature.CONTAINER: Support(True),
+        Feature.FOLLOW_LOGS: Support(True),
+        Feature.EXEC: Support(True),
+    }
+    ignored: ClassVar[Mapping[str, str]] = {}
+    placeholders: ClassVar[Mapping[str, str]] = {"output": "s3://REPLACE-ME/runs"}
+    transports: ClassVar[Mapping[str, Transport]] = {
+        "s3": Transport(_CHANNELS, _UPLOADED),
+        "gs": Transport(_CHANNELS, _UPLOADED),
+        "pvc": Transport(_CHANNELS, _IN_PLACE),
+    }
+
+    def __init__(self, target: KubernetesTarget, target_name: str) -> None:
+        self.target = target
+        self.target_name = target_name
+        self._cluster = Cluster(target.access, target_name)
+
+    @property
+    def rules(self) -> ContainerRules:
+        return RULES[self.name]
+
+    # -- the manifest -------------------------------------------------------------------------------------------------
+
+    def context(self, job: Job, run_id: str, job_file: JobFile) -> Mapping[str, object]:
+        target, resources, foreign = self.target, job.spec.resources, job.spec.runner == "none"
+        text = json.dumps(job_file.to_json(), indent=1, sort_keys=True, ensure_ascii=False)
+        if len(text.encode()) > _LONGEST_JOB:
+            raise SpecError(f"the job has more than {_LONGEST_JOB} bytes; put long values into a file of its code")
+        labels = {"app.kubernetes.io/managed-by": "cvlaunch", words.RUN_ID: run_id, **target.labels}
+        return {
+            "run_id": run_id,
+            "namespace": target.namespace,
+            "labels": {**labels, **_queue_labels(target)},
+            "annotations": _job_annotations(job),
+            "pod_labels": {**labels, words.SUBMISSION: "1"},
+            "pod_annotations": {**target.annotations, words.JOB_JSON: text},
+            "nodes": resources.nodes,
+            "container": CONTAINER,
+            "final_codes": sorted({EXIT_BAD_CONFIG, EXIT_CANCELLED}),
+            "preempted_code": EXIT_PREEMPTED,
+            "retries": job.spec.retries if foreign else 0,
+            "foreign": foreign,
+            "grace_s": math.ceil(resources.grace),
+            "deadline_s": _deadline(resources.timeout, foreign),
+            "service_account": target.service_account,
+            "priority_class": target.priority_class,
+            "pull_secrets": target.image_pull_secrets,
+            "node_selector": {**target.node_selector, **_spot(target, resources.spot).node_selector},
+            "gpu_nodes": node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values),
+            "tolerations": list(_tolerations(target, resources.gpus, resources.spot)),
+            "run_as_user": target.run_as_user,
+            "fs_group": target.fs_group,
+            "read_only": target.read_only and not foreign,
+            "image": self._image(job),
+            "command": ["cvlaunch-run"],
+            "arguments": list(job.command or ()),
+            "env": list(_variables(job, run_id, job_file, target)),
+            "storage_secret": target.storage_secret,
+            "termination": _TERMINATION,
+            "requests": _requests(job, target.gpu_resource),
+            "limits": _limits(job, target.gpu_resource),
+            "mounts": list(_mounts(job, run_id, job_file)),
+            "volumes": list(_volumes(job, run_id, job_file)),
+        }
+
+    def _image(self, job: Job) -> str:
+        reference = job.image.reference if job.image else ""
+        here, inside = self.target.registry, self.target.registry_inside
+        same = here and inside and reference.startswith((f"{here}:", f"{here}@"))
+        return f"{inside}{reference.removeprefix(here)}" if same and here else reference
+
+    # -- before and at submission -------------------------------------------------------------------------------------
+
+    def check(self, job: Job) -> Iterator[Problem]:
+        """What the cluster would take and then never start. The pod itself is tried out at submission."""
+        yield from _check_foreign(job)
+        if not self._cluster.allowed("create", "jobs"):
+            yield Problem(
+                "namespace",
+                f"you may not create jobs in {self._cluster.where}; its administrator gives you the Role that "
+                f"`cvlaunch targets policy {self.target_name}` prints",
+            )
+            return
+        yield from self._check_secrets(job)
+        yield from self._check_claims(job)
+        yield from self._check_gpus(job)
+        places = {job.output, *(channel.uri for channel in job.channels)}
+        if {scheme(place) for place in places} & {"s3", "gs"} and not (
+            self.target.storage_secret or self.target.service_account
+        ):
+            message = "the target has neither storage_secret nor service_account, by which pods could reach the store"
+            yield Problem("storage_secret", message, fatal=False)
+
+    def _check_secrets(self, job: Job) -> Iterator[Problem]:
+        wanted = {
+            **dict.fromkeys(self.target.image_pull_secrets, ("image_pull_secrets", "")),
+            **({self.target.storage_secret: ("storage_secret", "")} if self.target.storage_secret else {}),
+            **{name: ("secrets", key) for name, key in _stored_secrets(job.spec.secrets).values()},
+        }
+        for name, (key, entry) in wanted.items():
+            try:
+                found = self._cluster.get(self._cluster.path("secrets", name))
+            except AuthError:  # who may not read Secrets may use them all the same
+                continue
+            if found is None:
+                yield Problem(key, f"there is no Secret {name} in {self._cluster.where}")
+            elif entry and entry not in (found.get("data") or {}):
+                yield Problem(key, f"the Secret {name} has no key {entry}; it has {', '.join(found.get('data') or {})}")
+
+    def _check_claims(self, job: Job) -> Iterator[Problem]:
+        for claim in sorted({_claim(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
+            try:
+                found = self._cluster.get(self._cluster.path("persistentvolumeclaims", claim))
+            except AuthError:
+                continue
+            if found is None:
+                yield Problem("output", f"there is no PersistentVolumeClaim {claim} in {self._cluster.where}")
+            elif found.get("status", {}).get("phase") == "Lost":
+                yield Problem("output", f"the PersistentVolumeClaim {claim} has lost its volume")
+            elif job.spec.resources.nodes > 1 and not {"ReadWriteMany", "ReadOnlyMany"} & {
+                *found["spec"]["accessModes"]
+            }:
+                modes = ", ".join(found["spec"]["accessModes"])
+                yield Problem("resources.nodes", f"claim {claim} is {modes}: several nodes need ReadWriteMany")
+
+    def _check_gpus(self, job: Job) -> Iterator[Problem]:
+        """Whether some node has them; an autoscaler may bring nodes that nobody sees yet."""
+        resources, target = job.spec.resources, self.target
+        if not resources.gpus or target.scales_up:
+            return
+        try:
+            nodes = list(self._cluster.list(self._cluster.path("nodes")))
+        except AuthError:
+            return
+        having = {node["metadata"]["name"]: _allocatable(node, target.gpu_resource) for node in nodes}
+        way_out = "or, if nodes come when they are needed, write scales_up: true in the target"
+        if max(having.values(), default=0) < resources.gpus:
+            most = max(having.values(), default=0)
+            yield Problem(
+                "resources.gpus",
+                f"{resources.gpus} x {target.gpu_resource} on one node wanted; no node has more than {most}; "
+                f"ask for fewer, {way_out}",
+            )
+            return
+        wanted = node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values)
+        if wanted is None:
+            return
+        there = {words.labels_of(node).get(wanted.key, "") for node in nodes if having[node["metadata"]["name"]]}
+        if not there & {*wanted.values}:
+            found = ", ".join(sorted(filter(None, there))) or f"no label {wanted.key}"
+            models = ", ".join(resources.gpu)
+            message = f"no node has {models}: its nodes with GPUs say {found} ({wanted.key})"
+            yield Problem("resources.gpu", f"{message}; see gpu_label and gpu_values of the target, {way_out}")
+
+    def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
+        job, *others = _documents(plan.text)
+        if attempt > 1:
+            self._clear(plan.run_id)
+            job["spec"]["template"]["metadata"]["labels"][words.SUBMISSION] = str(attempt)
+        self._try_out(job)
+        made = self._create(job)
+        owner = _owner(made)
+        try:
+            for document in others:
+                self._put(_owned(document, owner))
+            if secrets:
+                self._put(_owned(_secret(job, secrets), owner))
+        except CvlaunchError:
+            self._cluster.delete(self._job_path(plan.run_id))
+            raise
+        return self._handle(plan.run_id)
+
+    def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str], *, attempt: int = 1) -> list[Handle]:
+        """Several at a time: the API server has no call for many."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(lambda plan: self.submit(plan, secrets, attempt=attempt), plans))
+
+    def _try_out(self, job: Json) -> None:
+        """The pod, without making it: what admission refuses would else be an event that nobody reads.
+
+        Quota is no reason to refuse, because it may be free by the time. Who may not create pods finds out later.
+        """
+        template = job["spec"]["template"]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"]}, "spec": template["spec"]}
+        pod["metadata"]["generateName"] = f"{job['metadata']['name']}-"
+        try:
+            self._cluster.create(self._cluster.path("pods"), pod, dryRun="All")
+        except (AuthError, CapacityError):
+            return
+
+    def _create(self, job: Json) -> Json:
+        """The Job as the cluster has it; one of the same name that holds the same job is ours already."""
+        run_id = job["metadata"]["name"]
+        try:
+            return self._cluster.create(self._cluster.path("jobs"), job)
+        except ConflictError as error:
+            there = self._job(run_id)
+            if there is None or _inline_job(there) != _inline_job(job):
+                raise ConflictError(
+                    f"{self._cluster.where} has another Job {run_id}; choose another --run-id, or delete that one"
+                ) from error
+            return there
+
+    def _put(self, document: Json) -> None:
+        """In place of one that an earlier submission of this run left."""
+        resource, name = _RESOURCES[document["kind"]], document["metadata"]["name"]
+        try:
+            self._cluster.create(self._cluster.path(resource), document)
+        except ConflictError:
+            self._cluster.delete(self._cluster.path(resource, name))
+            self._cluster.create(self._cluster.path(resource), document)
+
+    def _clear(self, run_id: str) -> None:
+        """Away with the ended Job and what belongs to it, so that its name is free."""
+        path = self._job_path(run_id)
+        self._cluster.delete(path, propagation="Foreground")
+        deadline = time.monotonic() + _GONE_S
+        while self._cluster.get(path) is not None:
+            if time.monotonic() > deadline:
+                raise ConflictError(f"the earlier Job {run_id} in {self._cluster.where} does not go away; delete it")
+            time.sleep(0.2)
+
+    def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
+        found = {words.labels_of(job)[words.RUN_ID] for job in self._jobs(run_ids)}
+        return {run_id: self._handle(run_id) for run_id in run_ids if run_id in found}
+
+    def adopt(self, name: str) -> Adopted:
+        """A Job that a colleague, Argo CD or kubectl applied from a rendering."""
+        job = self._job(name)
+        if job is None:
+            raise SpecError(f"there is no Job {name!r} in {self._cluster.where}")
+        text = _inline_job(job)
+        if text is None:
+            raise SpecError(f"Job {name!r} in {self._cluster.where} holds no job of cvlaunch ({words.JOB_JSON})")
+        documents = [_as_sent(job)]
+        if job["spec"].get("completionMode") == "Indexed":
+            service = self._cluster.get(self._cluster.path("services", name))
+            documents += [_as_sent(service)] if service else []
+        sent = str(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=10**6))
+        return Adopted(self._handle(name), sent, JobFile.from_bytes(text.encode()))
+
+    # -- what became of it --------------------------------------------------------------------------------------------
+
+    def status(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        """One LIST of Jobs for all; pods only of those that wait or have just ended. What can never start is ended."""
+        run_ids = [handle.native for handle in handles]
+        jobs = {job["metadata"]["name"]: job for job in self._jobs(run_ids)}
+        seen = self._seen({run_id: jobs.get(run_id) for run_id in run_ids})
+        now = time.time()
+        given_up = False
+        for run_id, found in seen.items():
+            if why := words.stuck(found, now=now, patience_s=self.target.pull_patience):
+                self._end(run_id, why)
+                given_up = True
+        if given_up:
+            seen = self._seen({run_id: self._job(run_id) if found.job else None for run_id, found in seen.items()})
+        return {handle: words.status_of(seen[handle.native], now=now) for handle in handles}
+
+    def _seen(self, jobs: Mapping[str, Json | None]) -> dict[str, Seen]:
+        there = {run_id: job for run_id, job in jobs.items() if job is not None}
+        over = [run_id for run_id, job in there.items() if words.needs_pods(job) and words.is_over(job)]
+        waiting = [run_id for run_id, job in there.items() if words.needs_pods(job) and not words.is_over(job)]
+        pods = self._pods([*over, *waiting[: _NAMES_A_CALL - len(over) % _NAMES_A_CALL]])
+        without = [run_id for run_id in waiting if not pods.get(run_id)]
+        refused = self._refusals(without) if without else {}
+        queued = [job for job in there.values() if job["spec"].get("suspend") and not words.is_over(job)]
+        queue = self._queue_words() if queued else {}
+        return {
+            run_id: Seen(
+                job,
+                pods=_of_this_job(pods.get(run_id, ()), job),
+                refused=refused.get(run_id, ""),
+                queue=queue.get(job["metadata"]["uid"], "") if job else "",
+            )
+            for run_id, job in jobs.items()
+        }
+
+    def _jobs(self, run_ids: Sequence[str]) -> Iterator[Json]:
+        """Of these runs. More than fit into a selector are looked for among all of ours."""
+        path = self._cluster.path("jobs")
+        if len(run_ids) > _NAMES_A_CALL:
+            wanted = {*run_ids}
+            everything = self._cluster.list(path, labels=words.MANAGED)
+            yield from (job for job in everything if words.labels_of(job).get(words.RUN_ID) in wanted)
+        elif run_ids:
+            yield from self._cluster.list(path, labels=_any_of(run_ids))
+
+    def _pods(self, run_ids: Sequence[str]) -> dict[str, list[Json]]:
+        """By run, the oldest first."""
+        found: dict[str, list[Json]] = {}
+        for at in range(0, len(run_ids), _NAMES_A_CALL):
+            some = _any_of(run_ids[at : at + _NAMES_A_CALL])
+            for pod in self._cluster.list(self._cluster.path("pods"), labels=some):
+                found.setdefault(words.labels_of(pod)[words.RUN_ID], []).append(pod)
+        for pods in found.values():
+            pods.sort(key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", pod["metadata"]["name"]))
+        return found
+
+    def _refusals(self, run_ids: Iterable[str]) -> dict[str, str]:
+        """What the Job controller last said of pods that it could not make."""
+        try:
+            events = list(
+                self._cluster.list(self._cluster.path("events"), fields="involvedObject.kind=Job,reason=FailedCreate")
+            )
+        except AuthError:
+            return {}
+        wanted = {*run_ids}
+        events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+        said = {event["involvedObject"]["name"]: event.get("message", "") for event in events}
+        return {run_id: message for run_id, message in said.items() if run_id in wanted}
+
+    def _queue_words(self) -> dict[str, str]:
+        """By the Job's uid: why Kueue lets it wait."""
+        try:
+            workloads = list(self._cluster.list(self._cluster.path("workloads")))
+        except (AuthError, SpecError):  # not ours to see, or no Kueue
+            return {}
+        return {
+            owner["uid"]: _kueue_reason(workload)
+            for workload in workloads
+            for owner in workload["metadata"].get("ownerReferences") or ()
+        }
+
+    def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
+        """From its pods; from the output store what they have no more."""
+        from launcher.kube.logs import run_logs
+
+        run_id = handle.native
+
+        def ended() -> bool:
+            return self.status([handle])[handle].state.terminal
+
+        return run_logs(
+            self._cluster, run_id, lambda: self._run_folder(run_id), ended=ended if follow else None, since=since
+        )
+
+    def _run_folder(self, run_id: str) -> Store | None:
+        """None if the Job, which says where it is, is gone."""
+        job = self._job(run_id)
+        text = _inline_job(job) if job else None
+        if text is None:
+            return None
+        uri = join_uri(JobFile.from_bytes(text.encode()).output, run_id)
+        return self.store(uri) or open_store(uri, self.target.storage.options)
+
+    def cancel(self, handle: Handle) -> None:
+        self._end(handle.native, "cancelled")
+
+    def _end(self, run_id: str, why: str) -> None:
+        """The Job stays, as evidence, and its pods go with their grace. One that Kueue holds back would stay in its
+        queue: it has nothing to show and is deleted."""
+        job = self._job(run_id)
+        if job is None or words.is_over(job):
+            return
+        if job["spec"].get("suspend"):
+            self._cluster.delete(self._job_path(run_id))
+            return
+        change = {"metadata": {"annotations": {words.STOPPED: why}}, "spec": {"activeDeadlineSeconds": 1}}
+        self._cluster.patch(self._job_path(run_id), change, form="merge")
+
+    def exec(self, handle: Handle, command: Sequence[str], *, tty: bool) -> int:
+        """In the container of the first node, with the command's variables where our runner has started one."""
+        from launcher.kube.sockets import exec_in
+
+        run_id = handle.native
+        running = [pod for pod in self._pods([run_id]).get(run_id, ()) if "running" in _state(pod)]
+        if not running:
+            raise SpecError(f"no pod of {run_id} is running; a command runs only beside a run that is going on")
+        pod = min(running, key=words.completion_index)
+        if pod["spec"]["containers"][0].get("command"):
+            script = Path(beside.__file__).read_text(encoding="utf-8")
+            command = ["python3", "-c", script, run_id, DEFAULT_ROOT, *command]
+        return exec_in(self._cluster, pod["metadata"]["name"], CONTAINER, command, tty=tty)
+
+    def remove(self, handle: Handle) -> None:
+        self._cluster.delete(self._job_path(handle.native))
+
+    def store(self, uri: str) -> Store | None:
+        if scheme(uri) != "pvc":
+            return None
+        claim, path = _claim(uri)
+        target = self.target
+        return open_volume(
+            self._cluster,
+            claim,
+            path,
+            image=lambda: self._helper_image(path),
+            run_as_user=target.run_as_user,
+            fs_group=target.fs_group,
+            pull_secrets=target.image_pull_secrets,
+            tolerations=target.tolerations,
+        )
+
+    def _helper_image(self, path: str) -> str:
+        """The nodes have the run's own already."""
+        if self.target.helper_image is not None:
+            return self.target.helper_image
+        job = self._job(path.rpartition("/")[2])
+        if job is None:
+            raise SpecError(
+                f"target {self.target_name!r} doesn't say which image can read its volumes; add helper_image: an image "
+                "with Python 3",
+                key="helper_image",
+            )
+        return str(job["spec"]["template"]["spec"]["containers"][0]["image"])
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _handle(self, run_id: str) -> Handle:
+        return Handle(self.name, self.target_name, run_id)
+
+    def _job_path(self, run_id: str) -> str:
+        return self._cluster.path("jobs", run_id)
+
+    def _job(self, run_id: str) -> Json | None:
+        return self._cluster.get(self._job_path(run_id))
+
+
+class OpenShiftBackend(KubernetesBackend):
+    """The same with other values in its target: nothing here but the names."""
+
+    name: ClassVar[str] = "openshift"
+    Target: ClassVar[type[BaseTarget]] = OpenShiftTarget
+
+
+_RESOURCES = {"Secret": "secrets", "Service": "services"}
+
+
+# -- what the manifest says -------------------------------------------------------------------------------------------
+
+
+def _queue_labels(target: KubernetesTarget) -> dict[str, str]:
+    found = {"kueue.x-k8s.io/queue-name": target.queue, "kueue.x-k8s.io/priority-class": target.queue_priority}
+    return {name: value for name, value in found.items() if value}
+
+
+def _job_annotations(job: Job) -> dict[str, str]:
+    found = {"cvlaunch/job-digest": job.digest}
+    wait = job.spec.resources.max_wait
+    return found if wait is None else {**found, words.MAX_WAIT: f"{wait:g}"}
+
+
+def _deadline(timeout: float | None, foreign: bool) -> int | None:
+    """Of the pod, whose clock starts when a node has taken it."""
+    return None if timeout is None else math.ceil(timeout) + (0 if foreign else _AROUND_TIMEOUT_S)
+
+
+def _spot(target: KubernetesTarget, wanted: bool) -> Spot:
+    if wanted and target.spot is None:
+        raise SpecError(
+            "the target doesn't say which nodes are spot; add spot: {node_selector: …, tolerations: […]} to it",
+            key="resources.spot",
+        )
+    return target.spot if wanted and target.spot else Spot.model_construct(node_selector={}, tolerations=())
+
+
+def _tolerations(target: KubernetesTarget, gpus: int, spot: bool) -> Iterator[Mapping[str, Any]]:
+    if gpus:
+        yield {"key": toleration_key(target.gpu_resource), "operator": "Exists", "effect": "NoSchedule"}
+    yield from target.tolerations
+    yield from _spot(target, spot).tolerations
+
+
+def _variables(job: Job, run_id: str, job_file: JobFile, target: KubernetesTarget) -> Iterator[Mapping[str, Any]]:
+    if job.spec.runner == "none":
+        yield from _foreign_variables(job, run_id)
+        return
+    plain = {
+        "CVLAUNCH_JOB": f"{_CONFIG}/job.json",
+        "CVLAUNCH_ROOT": DEFAULT_ROOT,
+        "CVLAUNCH_LOG": "tagged",
+        "CVLAUNCH_TERMINATION": _TERMINATION,
+        "PYTHONUNBUFFERED": "1",
+    }
+    if job_file.nodes > 1:
+        plain |= {"CVLAUNCH_NODES": str(job_file.nodes), "CVLAUNCH_MASTER": f"{run_id}-0.{run_id}:{_PORT}"}
+    if target.interface:
+        plain["CVLAUNCH_INTERFACE"] = target.interface
+    if job_file.secrets:
+        plain["CVLAUNCH_SECRETS_FOLDER"] = _SECRETS
+    yield from ({"name": name, "value": value} for name, value in plain.items())
+    fields = {
+        "CVLAUNCH_NATIVE_ID": "metadata.labels['batch.kubernetes.io/controller-uid']",
+        "CVLAUNCH_SUBMISSION": f"metadata.labels['{words.SUBMISSION}']",
+        "CVLAUNCH_NODE": "spec.nodeName",
+    }
+    yield from ({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items())
+
+
+def _foreign_variables(job: Job, run_id: str) -> Iterator[Mapping[str, Any]]:
+    """A `$(NAME)` in a value is Kubernetes' own way to name another variable; doubled, it stands for itself."""
+    for name, value in job.spec.env.items():
+        yield {"name": name, "value": value.replace("$(", "$$(")}
+    stored = _stored_secrets(job.spec.secrets)
+    for name in job.spec.secrets:
+        secret, key = stored.get(name, (run_id, name))
+        yield {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+
+
+def _stored_secrets(secrets: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Variable → (Secret, key) of those that are in the cluster: `store:SECRET/KEY`."""
+    found = {}
+    for variable, reference in secrets.items():
+        if not reference.startswith("store:"):
+            continue
+        name, slash, key = reference.removeprefix("store:").partition("/")
+        if not (name and slash and key):
+            raise SpecError(
+                f"{reference!r} names no key of a Secret; it looks like store:SECRET/KEY", key=f"secrets.{variable}"
+            )
+        found[variable] = (name, key)
+    return found
+
+
+def _memory(job: Job) -> int | None:
+    """The limit, of which shared memory is a part. SpecError if it leaves too little."""
+    memory, shm = job.spec.resources.memory, job.shm or 0
+    if memory is not None and shm + _LEAST_MEMORY > memory:
+        total = format_size(shm + _LEAST_MEMORY)
+        raise SpecError(
+            f"{format_size(memory)} is less than {total}: {format_size(shm)} of shared memory, which counts as memory, "
+            f"and {format_size(_LEAST_MEMORY)} for the processes; write memory: {size_as_written(shm + _LEAST_MEMORY)} "
+            "or more, or less shm",
+            key="resources.memory",
+        )
+    return memory
+
+
+def _requests(job: Job, gpu: str) -> dict[str, str]:
+    resources = job.spec.resources
+    found = {"memory": size_as_written(_memory(job) or _USUAL_MEMORY + (job.shm or 0))}
+    if resources.cpus:
+        found["cpu"] = str(resources.cpus)
+    return {
+        **found,
+        "ephemeral-storage": size_as_written(job.disk),
+        **({gpu: str(resources.gpus)} if resources.gpus else {}),
+    }
+
+
+def _limits(job: Job, gpu: str) -> dict[str, str]:
+    """Cores have none: a limit slows a pod down even where cores are idle."""
+    found = {"ephemeral-storage": size_as_written(job.disk)}
+    if memory := _memory(job):
+        found["memory"] = size_as_written(memory)
+    return {**found, **({gpu: str(job.spec.resources.gpus)} if job.spec.resources.gpus else {})}
+
+
+def _mounts(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
+    """Where a volume is mounted below another, the kubelet makes the folders between and owns them: then those that the
+    runner needs are mounts of their own."""
+    foreign, (volume, base) = job.spec.runner == "none", _root(job_file, run_id)
+    mounted = [channel for channel in job_file.channels if channel.access == "mounted"]
+    if not foreign:
+        yield {"name": volume, "mountPath": DEFAULT_ROOT, "subPath": base}
+        yield {"name": "work", "mountPath": "/tmp", "subPath": "tmp"}  # noqa: S108 names the container's
+        yield {"name": "job", "mountPath": _CONFIG if not job_file.secrets else f"{_CONFIG}/job.json"}
+    own = ["config", "control", *(f"data/{c.name}" for c in job_file.channels if c.access != "mounted")]
+    for name in own if mounted and not foreign else ():
+        yield {"name": volume, "mountPath": f"{DEFAULT_ROOT}/input/{name}", "subPath": f"{base}/input/{name}"}
+    for channel in mounted:
+        claim, path = _claim(channel.uri)
+        mount = {"name": _volume(claim), "mountPath": f"{DEFAULT_ROOT}/input/data/{channel.name}", "readOnly": True}
+        yield {**mount, "subPath": path} if path else mount
+    if job_file.secrets and not foreign:
+        yield {"name": "secrets", "mountPath": _SECRETS, "readOnly": True}
+    if job.shm:
+        yield {"name": "shm", "mountPath": SHM}
+
+
+def _volumes(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
+    if job.spec.runner != "none":
+        yield {"name": "work", "emptyDir": {"sizeLimit": size_as_written(job.disk)}}
+        item = {"path": "job.json", "fieldRef": {"fieldPath": f"metadata.annotations['{words.JOB_JSON}']"}}
+        yield {"name": "job", "downwardAPI": {"items": [item]}}
+        if job_file.secrets:
+            yield {"name": "secrets", "projected": {"defaultMode": 0o440, "sources": list(_sources(run_id, job_file))}}
+    if job.shm:
+        yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size_as_written(job.shm)}}
+    for claim in sorted({_claim(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
+        yield {"name": _volume(claim), "persistentVolumeClaim": {"claimName": claim}}
+
+
+def _sources(run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
+    """A file for each variable: of the run's own Secret, and of those in the cluster."""
+    stored = _stored_secrets(job_file.secrets)
+    own = [name for name in job_file.secrets if name not in stored]
+    if own:
+        yield {"secret": {"name": run_id, "items": [{"key": name, "path": name} for name in own]}}
+    for variable, (name, key) in stored.items():
+        yield {"secret": {"name": name, "items": [{"key": key, "path": variable}]}}
+
+
+def _root(job_file: JobFile, run_id: str) -> tuple[str, str]:
+    """(volume, path in it) of /opt/ml."""
+    if job_file.movers["output"] != "in_place":
+        return "work", "ml"
+    claim, path = _claim(job_file.output)
+    return _volume(claim), f"{path}/{run_id}".strip("/")
+
+
+def _places(job: Job) -> list[str]:
+    return [job.output, *(channel.uri for channel in job.channels)]
+
+
+def _claim(uri: str) -> tuple[str, str]:
+    """(claim, path in it) of `pvc://claim/path`."""
+    claim, _, path = uri.removeprefix("pvc://").partition("/")
+    if not claim:
+        raise SpecError(f"{uri!r} names no claim; it looks like pvc://CLAIM/folder")
+    return claim, path.strip("/")
+
+
+def _volume(claim: str) -> str:
+    """Names of volumes are labels: no dots, 63 characters."""
+    return f"claim-{claim.replace('.', '-')}"[:63].rstrip("-")
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+
+def _documents(text: str) -> list[Json]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def _inline_job(job: Json) -> str | None:
+    """job.json of a Job that our template made."""
+    found = (job["spec"]["template"].get("metadata") or {}).get("annotations") or {}
+    return found.get(words.JOB_JSON)
+
+
+def _owner(job: Json) -> Json:
+    return {"apiVersion": "batch/v1", "kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+
+
+def _owned(document: Json, owner: Json) -> Json:
+    return {**document, "metadata": {**document["metadata"], "ownerReferences": [owner]}}
+
+
+def _secret(job: Json, values: Mapping[str, str]) -> Json:
+    name, labels = job["metadata"]["name"], job["metadata"]["labels"]
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "labels": labels},
+        "stringData": {**values},
+    }
+
+
+def _as_sent(found: Json) -> Json:
+    """Without what the cluster has added to it, so that it can be sent again."""
+    kept = {
+        key: found["metadata"][key]
+        for key in ("name", "namespace", "labels", "annotations")
+        if key in found["metadata"]
+    }
+    kept["annotations"] = {k: v for k, v in kept.get("annotations", {}).items() if k not in _NOT_SENT}
+    sent = {"apiVersion": found["apiVersion"], "kind": found["kind"], "metadata": kept, "spec": {**found["spec"]}}
+    for key in ("selector", "suspend", "manualSelector") if found["kind"] == "Job" else ("clusterIPs",):
+        sent["spec"].pop(key, None)
+    if found["kind"] == "Job":
+        template = sent["spec"]["template"]
+        labels = {k: v for k, v in words.labels_of(template).items() if not k.endswith(("controller-uid", "job-name"))}
+        sent["spec"]["template"] = {**template, "metadata": {**template["metadata"], "labels": labels}}
+    return sent
+
+
+_NOT_SENT = ("kubectl.kubernetes.io/last-applied-configuration", "batch.kubernetes.io/job-tracking", words.STOPPED)
+
+
+def _any_of(run_ids: Sequence[str]) -> str:
+    return f"{words.RUN_ID} in ({','.join(run_ids)})"
+
+
+def _of_this_job(pods: Sequence[Json], job: Json | None) -> tuple[Json, ...]:
+    """Not of an earlier Job of the same name, whose pods are still going."""
+    uid = job["metadata"]["uid"] if job else None
+    return tuple(pod for pod in pods if uid in [owner["uid"] for owner in pod["metadata"].get("ownerReferences") or ()])
+
+
+def _state(pod: Json) -> Mapping[str, Any]:
+    return words.main_container(pod).get("state") or {}
+
+
+def _allocatable(node: Json, resource: str) -> int:
+    return int((node.get("status") or {}).get("allocatable", {}).get(resource, 0))
+
+
+def _kueue_reason(workload: Json) -> str:
+    """The condition that says why it is not admitted."""
+    found = (workload.get("status") or {}).get("conditions") or ()
+    waiting = next((c for c in found if c["type"] in ("QuotaReserved", "Admitted") and c["status"] == "False"), None)
+    queue = workload["spec"].get("queueName", "")
+    return f"it waits in queue {queue}" + (f": {waiting['message']}" if waiting and waiting.get("message") else "")
+
+
+def _check_foreign(job: Job) -> Iterator[Problem]:
+    """What only our runner does."""
+    if job.spec.runner != "none":
+        return
+    for key, why in _FOREIGN.items():
+        if getattr(job.spec, key):
+            yield Problem(key, why)
+    for channel in job.channels:
+        if channel.access != "mounted":
+            yield Problem(f"data.{channel.name}", f"{channel.uri} can't be fetched without our runner; give pvc://…")

@@ -1,0 +1,348 @@
+"""What a Job and its pods say, in our words. Pure: objects of the API server in, a Status out.
+
+Reasons: kubernetes/api core/v1/types.go and batch/v1/types.go; kubelet images/types.go and kuberuntime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from launcher.attempts import signal_words
+from launcher.contract import EXIT_DONE
+from launcher.quantities import format_duration
+from launcher.status import State, Status
+from launcher.supervised import ended_state
+
+__all__ = [
+    "CONTAINER",
+    "INDEX",
+    "JOB_JSON",
+    "MANAGED",
+    "MAX_WAIT",
+    "RUN_ID",
+    "STOPPED",
+    "SUBMISSION",
+    "Seen",
+    "annotations_of",
+    "completion_index",
+    "condition",
+    "is_over",
+    "labels_of",
+    "main_container",
+    "needs_pods",
+    "seconds",
+    "status_of",
+    "stuck",
+]
+
+CONTAINER = "train"
+"""The one that has the runner."""
+
+# Labels and annotations.
+MANAGED = "app.kubernetes.io/managed-by=cvlaunch"
+RUN_ID = "cvlaunch/run-id"
+SUBMISSION = "cvlaunch/submission"
+JOB_JSON = "cvlaunch/job.json"
+STOPPED = "cvlaunch/stopped"
+"""On a Job that we ended: `cancelled`, or why it could never start."""
+MAX_WAIT = "cvlaunch/max-wait-s"
+INDEX = "batch.kubernetes.io/job-completion-index"
+
+_CANCELLED = "cancelled"
+_KUEUE = "kueue.x-k8s.io/queue-name"
+
+_NO_PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
+_WAITING = {
+    **dict.fromkeys(_NO_PULL, "its image can't be pulled"),
+    "CreateContainerConfigError": "its container can't be set up",
+    "CreateContainerError": "its container can't be made",
+    "RunContainerError": "its container can't be started",
+    "CrashLoopBackOff": "its container ends again and again",
+}
+"""Why a container waits → our words in front of the kubelet's; others are steps on the way."""
+
+_NOT_SCHEDULED = {
+    "Unschedulable": "no node takes it",
+    "SchedulingGated": "a scheduling gate holds it back",
+}
+_POD_ENDS = {
+    "Evicted": "its node evicted it",
+    "DeadlineExceeded": "its time on the platform is used up",
+    "NodeLost": "its node was lost",
+    "Preempted": "a job of a higher priority took its place",
+    "UnexpectedAdmissionError": "its node refused it",
+    "OutOfcpu": "its node had no room for it",
+    "OutOfmemory": "its node had no room for it",
+    "NodeAffinity": "its node did not fit any more",
+}
+_JOB_ENDS = {
+    "BackoffLimitExceeded": "its pod failed",
+    "DeadlineExceeded": "its time on the platform is used up",
+    "PodFailurePolicy": "its pod failed",
+    "FailedIndexes": "one of its nodes failed",
+    "MaxFailedIndexesExceeded": "one of its nodes failed",
+}
+"""`reason` of the condition Failed → our words, where no pod tells more."""
+
+_OUT_OF_MEMORY = "out of memory: it used more than resources.memory, of which shared memory is a part"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that is known of one run. job: None is gone. pods: of this Job, the oldest first.
+
+    refused: what the Job controller said when it could make no pod. queue: why Kueue lets it wait.
+    """
+
+    job: Mapping[str, Any] | None
+    pods: Sequence[Mapping[str, Any]] = ()
+    refused: str = ""
+    queue: str = ""
+
+
+def labels_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
+    return obj["metadata"].get("labels") or {}
+
+
+def annotations_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
+    return obj["metadata"].get("annotations") or {}
+
+
+def completion_index(pod: Mapping[str, Any]) -> int:
+    """Which node of the job it is."""
+    index = annotations_of(pod).get(INDEX) or labels_of(pod).get(INDEX) or "0"
+    return int(index) if index.isdecimal() else 0
+
+
+def seconds(stamp: str | None) -> float | None:
+    """Unix seconds of RFC 3339."""
+    return datetime.fromisoformat(stamp).timestamp() if stamp else None
+
+
+def condition(obj: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    """The one of this type, if it holds."""
+    found = (obj.get("status") or {}).get("conditions") or ()
+    return next((c for c in found if c["type"] == kind and c["status"] == "True"), None)
+
+
+def main_container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its status; empty before there is one."""
+    found = (pod.get("status") or {}).get("containerStatuses") or ()
+    return next((c for c in found if c["name"] == CONTAINER), found[0] if found else {})
+
+
+def is_over(job: Mapping[str, Any]) -> bool:
+    return condition(job, "Complete") is not None or condition(job, "Failed") is not None
+
+
+def needs_pods(job: Mapping[str, Any]) -> bool:
+    """Whether its pods have more to say than that they run. A suspended one has none."""
+    status, spec = job.get("status") or {}, job.get("spec") or {}
+    running = status.get("ready", 0) >= spec.get("parallelism", 1) and status.get("active", 0) > 0
+    return is_over(job) or not (running or spec.get("suspend"))
+
+
+def status_of(seen: Seen, *, now: float) -> Status:
+    """UNKNOWN, native `gone`, for a Job that is not there."""
+    job = seen.job
+    if job is None:
+        return Status(State.UNKNOWN, "gone", reason="the cluster has no such Job (any more)")
+    if condition(job, "Complete"):
+        return _complete(seen, job)
+    if failed := condition(job, "Failed"):
+        return _failed(seen, job, failed)
+    if job["metadata"].get("deletionTimestamp"):
+        return Status(State.STOPPING, "Terminating", reason="the Job is being deleted")
+    if annotations_of(job).get(STOPPED) or condition(job, "FailureTarget"):
+        return replace(_facts(seen, job), state=State.STOPPING, native="FailureTarget")
+    if job["spec"].get("suspend"):
+        return Status(State.QUEUED, "Suspended", reason=seen.queue or _suspended(job))
+    return _going_on(seen, job, now)
+
+
+def _suspended(job: Mapping[str, Any]) -> str:
+    queue = labels_of(job).get(_KUEUE)
+    return f"it waits in queue {queue}" if queue else "the Job is suspended; somebody has to resume it"
+
+
+# -- under way --------------------------------------------------------------------------------------------------------
+
+
+def _going_on(seen: Seen, job: Mapping[str, Any], now: float) -> Status:
+    facts, status = _facts(seen, job), job.get("status") or {}
+    if condition(job, "SuccessCriteriaMet"):
+        return replace(facts, state=State.FINALIZING, native="SuccessCriteriaMet")
+    if status.get("ready", 0) >= job["spec"].get("parallelism", 1):
+        return replace(facts, state=State.RUNNING, native="Running")
+    waiting = [pod for pod in seen.pods if not _has_ended(pod)]
+    again = len(waiting) < len(seen.pods)
+    if not waiting:
+        reason = seen.refused and f"the cluster makes no pod for it: {seen.refused}"
+        native = "FailedCreate" if seen.refused else "Pending"
+        return replace(facts, state=State.RESTARTING if again else State.QUEUED, native=native, reason=reason)
+    worst = min((_waiting(pod, now) for pod in waiting), key=lambda found: _ORDER.index(found.state))
+    running = worst.state is State.RUNNING
+    return replace(
+        facts,
+        state=State.RESTARTING if again and not running else worst.state,
+        native=worst.native,
+        reason=worst.reason,
+        node=worst.node,
+    )
+
+
+_ORDER = (State.QUEUED, State.STARTING, State.STOPPING, State.RUNNING)
+"""A job of several nodes is as far as its last one."""
+
+
+def _has_ended(pod: Mapping[str, Any]) -> bool:
+    return (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
+
+
+def _waiting(pod: Mapping[str, Any], now: float) -> Status:
+    """Of a pod that has not ended."""
+    status, node = pod.get("status") or {}, pod["spec"].get("nodeName", "")
+    if pod["metadata"].get("deletionTimestamp"):
+        return Status(State.STOPPING, "Terminating", reason="its pod is being taken away", node=node)
+    scheduled: Mapping[str, str] = next((c for c in status.get("conditions") or () if c["type"] == "PodScheduled"), {})
+    if scheduled.get("status") == "False":
+        word, message = scheduled.get("reason", ""), scheduled.get("message", "")
+        return Status(State.QUEUED, f"Pending/{word}", reason=_words(_NOT_SCHEDULED.get(word, word), message))
+    state = main_container(pod).get("state") or {}
+    if "running" in state:
+        return Status(State.RUNNING, "Running", node=node)
+    word, message = _why_waiting(pod, state)
+    lead = _WAITING.get(word)
+    reason = _words(lead, message) if lead else ""
+    if not lead and (since := seconds(status.get("startTime"))) and now - since > 60:
+        reason = f"for {format_duration(now - since)}"
+    native = f"Pending/{word}" if word else str(status.get("phase", "Pending"))
+    return Status(State.STARTING if node else State.QUEUED, native, reason=reason, node=node)
+
+
+def _why_waiting(pod: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[str, str]:
+    """The container's word; an init container's before it."""
+    found = [c.get("state") or {} for c in (pod.get("status") or {}).get("initContainerStatuses") or ()]
+    waiting = next((s["waiting"] for s in found if "waiting" in s), state.get("waiting") or {})
+    return waiting.get("reason", ""), waiting.get("message", "")
+
+
+def _words(lead: str, message: str) -> str:
+    return f"{lead}: {message}" if message else lead
+
+
+def stuck(seen: Seen, *, now: float, patience_s: float) -> str:
+    """Why a run that waits should be given up; empty as long as it should not.
+
+    patience_s: how long the kubelet may try to pull an image.
+    """
+    job = seen.job
+    if job is None or is_over(job) or annotations_of(job).get(STOPPED):
+        return ""
+    created = seconds(job["metadata"].get("creationTimestamp")) or now
+    limit = annotations_of(job).get(MAX_WAIT)
+    begun = any("running" in (main_container(pod).get("state") or {}) or _has_ended(pod) for pod in seen.pods)
+    ready = (job.get("status") or {}).get("ready", 0) or (job.get("status") or {}).get("failed", 0)
+    if limit and not begun and not ready and now - created > float(limit):
+        return f"capacity: it did not start within max_wait, {format_duration(float(limit))}"
+    for pod in seen.pods:
+        word, message = _why_waiting(pod, main_container(pod).get("state") or {})
+        since = seconds((pod.get("status") or {}).get("startTime")) or now
+        if word in _NO_PULL and now - since > patience_s:
+            return f"its image could not be pulled for {format_duration(now - since)}: {message or word}"
+    return ""
+
+
+# -- ended ------------------------------------------------------------------------------------------------------------
+
+
+def _complete(seen: Seen, job: Mapping[str, Any]) -> Status:
+    """The runner's word tells a doubled submission, which exits with 0, from a run that is done."""
+    facts, said = _facts(seen, job), _said(seen.pods[-1]) if seen.pods else {}
+    state = ended_state(said.get("state"), EXIT_DONE)
+    reason = str(said.get("reason") or "") if state is not State.SUCCEEDED else ""
+    return replace(facts, state=state, native="Complete", reason=reason, exit_code=EXIT_DONE)
+
+
+def _failed(seen: Seen, job: Mapping[str, Any], failed: Mapping[str, Any]) -> Status:
+    facts, word = _facts(seen, job), failed.get("reason", "")
+    status = replace(facts, native=f"Failed/{word}")
+    if stopped := annotations_of(job).get(STOPPED):
+        return _stopped_by_us(status, stopped)
+    pod = _to_blame(seen.pods)
+    if pod is None:
+        state = State.TIMED_OUT if word == "DeadlineExceeded" else State.FAILED
+        return replace(status, state=state, reason=_words(_JOB_ENDS.get(word, word), failed.get("message", "")))
+    return _of_pod(status, pod)
+
+
+def _stopped_by_us(status: Status, word: str) -> Status:
+    state = State.CANCELLED if word == _CANCELLED else State.ERROR
+    return replace(status, state=state, reason=word)
+
+
+def _to_blame(pods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The failed pod that ended first of those of the last attempt: the others failed because of it."""
+    failed = [pod for pod in pods if (pod.get("status") or {}).get("phase") == "Failed"]
+    last = {completion_index(pod): pod for pod in failed}
+    return min(last.values(), key=lambda pod: _ended_at(pod) or 0.0, default=None)
+
+
+def _of_pod(status: Status, pod: Mapping[str, Any]) -> Status:
+    facts, ended = pod.get("status") or {}, _terminated(pod)
+    said, code = _said(pod), ended.get("exitCode")
+    if ended.get("reason") == "OOMKilled":
+        return replace(status, state=State.FAILED, exit_code=code, reason=_OUT_OF_MEMORY)
+    if said:
+        state = ended_state(said.get("state"), int(said.get("exit_code", 1)))
+        return replace(status, state=state, exit_code=said.get("exit_code"), reason=str(said.get("reason") or ""))
+    word = facts.get("reason", "")
+    if word in _POD_ENDS:
+        state = State.TIMED_OUT if word == "DeadlineExceeded" else State.FAILED
+        return replace(status, state=state, exit_code=code, reason=_words(_POD_ENDS[word], facts.get("message", "")))
+    lines = str(ended.get("message") or "").strip().splitlines()
+    reason = signal_words("the runner", code or 0) or (lines[-1] if lines else str(facts.get("message") or ""))
+    return replace(status, state=State.FAILED, exit_code=code, reason=reason)
+
+
+def _terminated(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (main_container(pod).get("state") or {}).get("terminated") or {}
+    return found
+
+
+def _said(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The runner's last word, which is the container's termination message; empty if it left none."""
+    try:
+        said = json.loads(_terminated(pod).get("message") or "")
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) and "state" in said else {}
+
+
+def _facts(seen: Seen, job: Mapping[str, Any]) -> Status:
+    """All but the state and its reason."""
+    status, pods = job.get("status") or {}, seen.pods
+    latest = pods[-1] if pods else None
+    said = [attempt for pod in pods if isinstance(attempt := _said(pod).get("attempt"), int)]
+    ended = max(filter(None, map(_ended_at, pods)), default=None) if is_over(job) else None
+    over = condition(job, "Complete") or condition(job, "Failed") or {}
+    return Status(
+        State.UNKNOWN,
+        started=min(filter(None, map(_started_at, pods)), default=seconds(status.get("startTime"))),
+        ended=ended or seconds(over.get("lastTransitionTime")),
+        node=latest["spec"].get("nodeName", "") if latest else "",
+        attempt=max([*said, len({pod["metadata"]["uid"] for pod in pods if completion_index(pod) == 0}), 1]),
+    )
+
+
+def _started_at(pod: Mapping[str, Any]) -> float | None:
+    state = main_container(pod).get("state") or {}
+    return seconds((state.get("running") or state.get("terminated") or {}).get("startedAt"))
+
+
+def _ended_at(pod: Mapping[str, Any]) -> float | None:
+    return seconds(_terminated(pod).get("finishedAt"))

@@ -43,6 +43,7 @@ WANTED = {
         "nvidia.com/gpu.product",
         ["NVIDIA-A100-SXM4-40GB-MIG-1g.5gb", "NVIDIA-L4"],
     ),
+    "a label of the cluster's own": (["A100"], "site.org/gpu", {"A100": ["big"]}, "site.org/gpu", ["big"]),
     "a value stands for itself": (["tesla-t4"], "gfd", {}, "nvidia.com/gpu.product", ["Tesla-T4"]),
 }
 
@@ -65,6 +66,8 @@ REFUSED = {
     "the nearest": (["H100S"], "gfd", "did you mean 'H100'?"),
     "the key of the target": (["X1"], "gke", "write it in the target: gpu_values: {X1: [VALUE]}"),
     "how to see the values": (["X1"], "gke", "`kubectl get nodes -L cloud.google.com/gke-accelerator` shows values"),
+    "a label without words": (["A100"], "site.org/gpu", "of the node label site.org/gpu is known for 'A100'"),
+    "no way": (["A100"], "gfdd", "gpu_label: 'gfdd' is no way to label nodes; did you mean 'gfd'? there are gfd, gke"),
     "not there": (["A40"], "karpenter", "'A40' (known for gfd, coreweave)"),
 }
 

@@ -179,19 +179,22 @@ def node_requirement(
 ) -> Requirement | None:
     """What a node's label must say to have one of the models; None if any will do.
 
-    way: one of WAYS.
+    way: one of WAYS, or the key of a label that the cluster has of its own; then `values` must have all models.
     values: the target's own label values for a model, instead of ours. A word that is a label value stands for itself.
     Raises SpecError, key `resources.gpu`, for a model that has no value.
     """
     if not models:
         return None
+    if "/" not in (key := LABELS.get(way, way)):
+        there = f"{nearest(way, WAYS) or ';'} there are {', '.join(WAYS)}, or a label's key such as example.com/gpu"
+        raise SpecError(f"{way!r} is no way to label nodes{there}", key="gpu_label")
     own = {model.lower(): tuple(labels) for model, labels in (values or {}).items()}
     found = (value for model in models for value in own.get(model.lower()) or _values(model, way, own))
-    return Requirement(LABELS[way], tuple(dict.fromkeys(found)))
+    return Requirement(key, tuple(dict.fromkeys(found)))
 
 
 def _values(model: str, way: str, own: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    table = MODELS[way]
+    table = MODELS.get(way, {})
     known = {name.lower(): labels for name, labels in table.items()}
     labels = {value.lower(): value for listed in table.values() for value in listed}
     if model.lower() in known:
@@ -202,12 +205,13 @@ def _values(model: str, way: str, own: Mapping[str, Sequence[str]]) -> Sequence[
 
 
 def _unknown(model: str, way: str, names: Sequence[str]) -> str:
+    key = LABELS.get(way, way)
     ways = [other for other, table in MODELS.items() if model.upper() in table and other != way]
     elsewhere = f" (known for {', '.join(ways)})" if ways else ""
     hint = nearest(model.upper(), [name.upper() for name in names]) or ";"
     return (
-        f"no value of the node label {LABELS[way]} is known for {model!r}{elsewhere}{hint} write it in the target:"
-        f" gpu_values: {{{model}: [VALUE]}}; `kubectl get nodes -L {LABELS[way]}` shows values"
+        f"no value of the node label {key} is known for {model!r}{elsewhere}{hint} write it in the target:"
+        f" gpu_values: {{{model}: [VALUE]}}; `kubectl get nodes -L {key}` shows values"
     )
 
 

@@ -68,7 +68,7 @@ def exec_in(
         with keys, _raw(stdin if tty else None):
             status = _copy(channel, {_STDOUT: stdout, _STDERR: stderr})
     finally:
-        channel.sock.close()
+        _close(channel)
     if status is None:
         raise UnreachableError(f"pod {pod}: the connection to the command was lost: is it still running there?")
     return _exit_code(status, stderr, pod=pod)
@@ -109,6 +109,11 @@ def _frames(channel: websocket.WebSocket) -> Iterator[tuple[int, bytes]]:
                 yield data[0], bytes(data[1:])
     except (websocket.WebSocketException, OSError):
         return
+
+
+def _close(channel: websocket.WebSocket) -> None:
+    if channel.sock:
+        channel.sock.close()
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -240,7 +245,8 @@ def _pump_up(local: socket.socket, channel: websocket.WebSocket) -> None:
             channel.send_binary(bytes([_DATA]) + data)
     with contextlib.suppress(websocket.WebSocketException, OSError):
         channel.send_close()
-        channel.sock.shutdown(socket.SHUT_RDWR)  # what was sent still arrives
+        if sock := channel.sock:
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the reader; what was sent still arrives
 
 
 def _pump_down(channel: websocket.WebSocket, local: socket.socket, up: threading.Thread) -> None:
@@ -259,4 +265,4 @@ def _pump_down(channel: websocket.WebSocket, local: socket.socket, up: threading
         local.shutdown(socket.SHUT_RDWR)
     up.join()
     local.close()
-    channel.sock.close()
+    _close(channel)

@@ -9,7 +9,7 @@ import click
 
 from launcher.backends import load_backend, names
 from launcher.backends.base import Feature, Support
-from launcher.cli.clusters import probe, setup
+from launcher.cli.clusters import policy, probe, setup
 from launcher.cli.options import complete_backends, complete_targets, json_option, quiet_option
 from launcher.cli.out import Column, Out
 from launcher.errors import CvlaunchError, UnsupportedError
@@ -132,6 +132,7 @@ def _keys(selected: Selected) -> dict[str, Any]:
 
 targets.add_command(setup)
 targets.add_command(probe)
+targets.add_command(policy)
 
 
 @click.group()

@@ -31,6 +31,7 @@ WANTED = {
         "cloud.google.com/gke-accelerator",
         ["nvidia-tesla-a100", "nvidia-a100-80gb"],
     ),
+    "one that this cloud has": (["A40", "L4"], "gke", {}, "cloud.google.com/gke-accelerator", ["nvidia-l4"]),
     "karpenter": (["A10G", "T4"], "karpenter", {}, "karpenter.k8s.aws/instance-gpu-name", ["a10g", "t4"]),
     "eks auto mode": (["H100"], "eks-auto", {}, "eks.amazonaws.com/instance-gpu-name", ["h100"]),
     "coreweave": (["A40"], "coreweave", {}, "gpu.nvidia.com/class", ["A40"]),
@@ -62,6 +63,7 @@ def test_any_gpu_needs_no_label() -> None:
 
 
 REFUSED = {
+    "a typo beside a model": (["L4", "H10O"], "gfd", "is known for 'H10O'; did you mean 'H100'?"),
     "a typo": (["H10O"], "gfd", "resources.gpu: no value of the node label nvidia.com/gpu.product is known for 'H10O'"),
     "the nearest": (["H100S"], "gfd", "did you mean 'H100'?"),
     "the key of the target": (["X1"], "gke", "write it in the target: gpu_values: {X1: [VALUE]}"),

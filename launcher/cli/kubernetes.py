@@ -63,8 +63,6 @@ def login(selected: Selected, out: Out) -> None:
 
 def policy_text(selected: Selected, *, user: str | None, group: str | None, service_account: str | None) -> str:
     """YAML of a Role and its binding."""
-    import yaml
-
     from launcher.kube.client import Cluster
     from launcher.kube.probe import Subject, policy
 
@@ -74,7 +72,7 @@ def policy_text(selected: Selected, *, user: str | None, group: str | None, serv
         raise SpecError("--user, --group and --service-account: choose one")
     subject = subjects[0] if subjects else Subject("User", "REPLACE-ME")
     cluster = Cluster(access_of(selected), selected.name)
-    return yaml.safe_dump_all(policy(cluster.namespace, subject), sort_keys=False)
+    return policy(cluster.namespace, subject)
 
 
 def probe(name: str | None, way: Access, *, write: bool, out: Out) -> None:
@@ -190,13 +188,12 @@ def _free(nodes: Sequence[Node]) -> str:
 
 
 def _size(amount: str) -> str:
-    """`32919512Ki` → `31.4 GiB`; a spelling that we don't have stays."""
-    from launcher.quantities import format_size, parse_size
+    """`32919512Ki` → `31.4 GiB`."""
+    from launcher.kube.podspecs import parse_quantity
+    from launcher.quantities import format_size
 
-    try:
-        return format_size(parse_size(amount))
-    except ValueError:
-        return amount
+    size = parse_quantity(amount)
+    return amount if size is None else format_size(size)
 
 
 def _tables(found: Probe) -> Iterator[tuple[list[Column], list[tuple[str, ...]]]]:

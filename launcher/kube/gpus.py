@@ -179,35 +179,38 @@ def node_requirement(
 ) -> Requirement | None:
     """What a node's label must say to have one of the models; None if any will do.
 
-    way: one of WAYS, or the key of a label that the cluster has of its own; then `values` must have all models.
+    way: one of WAYS, or the key of a label that the cluster has of its own; then `values` must have the models.
     values: the target's own label values for a model, instead of ours. A word that is a label value stands for itself.
-    Raises SpecError, key `resources.gpu`, for a model that has no value.
+    A model that only other ways have is passed over beside one that this way has: the cloud doesn't offer it.
+    Raises SpecError, key `resources.gpu`, for a model that nobody knows, and where none has a value.
     """
     if not models:
         return None
     if "/" not in (key := LABELS.get(way, way)):
         there = f"{nearest(way, WAYS) or ';'} there are {', '.join(WAYS)}, or a label's key such as example.com/gpu"
         raise SpecError(f"{way!r} is no way to label nodes{there}", key="gpu_label")
-    own = {model.lower(): tuple(labels) for model, labels in (values or {}).items()}
-    found = (value for model in models for value in own.get(model.lower()) or _values(model, way, own))
-    return Requirement(key, tuple(dict.fromkeys(found)))
+    known = _known(way) | {model.lower(): tuple(labels) for model, labels in (values or {}).items()}
+    found = {model: known.get(model.lower(), ()) for model in models}
+    for model, labels in found.items():
+        if not labels and not (any(found.values()) and _ways(model)):
+            raise SpecError(_unknown(model, way, [*MODELS.get(way, ()), *(values or ())]), key="resources.gpu")
+    return Requirement(key, tuple(dict.fromkeys(label for labels in found.values() for label in labels)))
 
 
-def _values(model: str, way: str, own: Mapping[str, Sequence[str]]) -> Sequence[str]:
+def _known(way: str) -> dict[str, tuple[str, ...]]:
+    """Model or label value, in lower case → label values."""
     table = MODELS.get(way, {})
-    known = {name.lower(): labels for name, labels in table.items()}
-    labels = {value.lower(): value for listed in table.values() for value in listed}
-    if model.lower() in known:
-        return known[model.lower()]
-    if model.lower() in labels:
-        return (labels[model.lower()],)
-    raise SpecError(_unknown(model, way, [*table, *own]), key="resources.gpu")
+    themselves = {value.lower(): (value,) for listed in table.values() for value in listed}
+    return themselves | {model.lower(): tuple(values) for model, values in table.items()}
+
+
+def _ways(model: str) -> list[str]:
+    return [way for way, table in MODELS.items() if model.upper() in table]
 
 
 def _unknown(model: str, way: str, names: Sequence[str]) -> str:
     key = LABELS.get(way, way)
-    ways = [other for other, table in MODELS.items() if model.upper() in table and other != way]
-    elsewhere = f" (known for {', '.join(ways)})" if ways else ""
+    elsewhere = f" (known for {', '.join(ways)})" if (ways := _ways(model)) else ""
     hint = nearest(model.upper(), [name.upper() for name in names]) or ";"
     return (
         f"no value of the node label {key} is known for {model!r}{elsewhere}{hint} write it in the target:"

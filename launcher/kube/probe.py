@@ -7,6 +7,7 @@ it is no error. Rights are asked for one by one (SelfSubjectAccessReview), which
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,34 +38,32 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Need:
-    """verbs of a Role on a resource (`pods/log`: one of its parts), and what for. needed: nothing works without it."""
+    """A rule of a Role: verbs on resources (`pods/log`: a part of one), and what for. needed: nothing goes without it."""
 
     group: str
-    resource: str
+    resources: tuple[str, ...]
     verbs: tuple[str, ...]
     purpose: str
     needed: bool = False
 
 
+_RBAC = "rbac.authorization.k8s.io"
 _READ = ("get", "list")
 ROLE: Sequence[Need] = (
-    Need("batch", "jobs", ("get", "list", "create", "patch", "delete"), "runs: submit, status, cancel, rm", True),
-    Need("", "pods", _READ, "what a run waits for, and its ranks", True),
-    Need("", "pods/log", ("get",), "logs while a run goes on", True),
-    Need("", "events", ("list",), "why no pod comes: quota, policies", True),
-    Need("", "pods", ("create",), "a pod that is tried out before its run is sent, and never made"),
-    Need("", "secrets", ("get", "create", "delete"), "values of secrets that are on the client"),
-    Need("", "services", ("get", "create", "delete"), "runs on several nodes"),
-    Need("", "pods/exec", ("get", "create"), "cvlaunch exec"),
-    Need("", "pods/portforward", ("get", "create"), "results in a volume: pvc://"),
-    Need("", "persistentvolumeclaims", _READ, "whether a volume is there: pvc://"),
-    Need("", "resourcequotas", ("list",), "cvlaunch targets probe"),
-    Need("", "limitranges", ("list",), "cvlaunch targets probe"),
-    Need("kueue.x-k8s.io", "localqueues", ("list",), "cvlaunch targets probe"),
-    Need("kueue.x-k8s.io", "workloads", ("list",), "why a run waits in a queue of Kueue"),
-    Need("kubeflow.org", "notebooks", (*_READ, "patch"), "cvlaunch shm"),
-    Need("apps", "deployments", (*_READ, "patch"), "cvlaunch shm"),
-    Need("apps", "statefulsets", (*_READ, "patch"), "cvlaunch shm"),
+    Need("batch", ("jobs",), ("get", "list", "create", "patch", "delete"), "runs: submit, status, cancel, rm", True),
+    Need("", ("pods",), _READ, "what a run waits for, and its nodes", True),
+    Need("", ("pods/log",), ("get",), "logs while a run goes on", True),
+    Need("", ("events",), ("list",), "why no pod comes: quota, policies", True),
+    Need("", ("pods",), ("create",), "dry runs: a pod is tried out before its run is sent"),
+    Need("", ("secrets",), ("create", "delete"), "values of secrets that are on the client"),
+    Need("", ("services",), ("get", "create", "delete"), "runs on several nodes"),
+    Need("", ("pods/exec", "pods/portforward"), ("get", "create"), "cvlaunch exec, and results in a volume (pvc://)"),
+    Need("", ("persistentvolumeclaims",), _READ, "whether a volume is there"),
+    Need("kueue.x-k8s.io", ("workloads",), ("list",), "why a run waits in a queue of Kueue"),
+    Need("kueue.x-k8s.io", ("localqueues",), ("list",), "cvlaunch targets probe"),
+    Need("", ("resourcequotas", "limitranges"), ("list",), "cvlaunch targets probe"),
+    Need("apps", ("deployments", "statefulsets"), (*_READ, "patch"), "cvlaunch shm"),
+    Need("kubeflow.org", ("notebooks",), (*_READ, "patch"), "cvlaunch shm"),
 )
 """The least that a user needs, in one namespace; nothing of the whole cluster."""
 
@@ -275,13 +274,12 @@ def _groups(cluster: Cluster) -> frozenset[str]:
 
 def _rights(cluster: Cluster, groups: frozenset[str]) -> Iterator[Right]:
     there = [need for need in ROLE if need.group not in _OPTIONAL_GROUPS or need.group in groups]
-    asked = [(need, verb) for need in there for verb in need.verbs]
+    asked = [(need, verb, resource) for need in there for resource in need.resources for verb in need.verbs]
 
-    def ask(one: tuple[Need, str]) -> Right:
-        need, verb = one
-        resource, _, sub = need.resource.partition("/")
-        allowed = cluster.allowed(verb, resource, sub=sub)
-        return Right(verb, need.resource, need.purpose, need.needed, allowed)
+    def ask(one: tuple[Need, str, str]) -> Right:
+        need, verb, resource = one
+        name, _, sub = resource.partition("/")
+        return Right(verb, resource, need.purpose, need.needed, cluster.allowed(verb, name, sub=sub))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield from pool.map(ask, asked)
@@ -485,7 +483,7 @@ def _of_nodes(nodes: Sequence[Node]) -> dict[str, object]:
         return {}
     resource, way = gpus.most_common(1)[0][0]
     chosen = [node for node in nodes if (node.resource, node.way) == (resource, way)]
-    taints = dict.fromkeys(taint for node in chosen for taint in node.taints)
+    taints = [taint for taint in chosen[0].taints if all(taint in node.taints for node in chosen)]
     return {
         "gpu_resource": resource if resource != "nvidia.com/gpu" else None,
         "gpu_label": way if way != WAYS[0] else None,
@@ -507,25 +505,26 @@ class Subject:
     name: str
 
 
-def policy(namespace: str, subject: Subject) -> list[Json]:
-    """A Role with the least rights, and the binding that gives it to somebody: objects for `kubectl apply`."""
-    name, group = "cvlaunch", "rbac.authorization.k8s.io"
-    of_core = subject.kind == "ServiceAccount"
-    who = {"kind": subject.kind, "name": subject.name, **({"namespace": namespace} if of_core else {"apiGroup": group})}
-    return [
-        {
-            "apiVersion": f"{group}/v1",
-            "kind": "Role",
-            "metadata": {"name": name, "namespace": namespace},
-            "rules": [
-                {"apiGroups": [need.group], "resources": [need.resource], "verbs": list(need.verbs)} for need in ROLE
-            ],
-        },
-        {
-            "apiVersion": f"{group}/v1",
-            "kind": "RoleBinding",
-            "metadata": {"name": name, "namespace": namespace},
-            "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
-            "subjects": [who],
-        },
-    ]
+def policy(namespace: str, subject: Subject) -> str:
+    """YAML for `kubectl apply`: a Role with the least rights, and the binding that gives it to somebody."""
+    account = f"namespace: {json.dumps(namespace)}" if subject.kind == "ServiceAccount" else f"apiGroup: {_RBAC}"
+    rules = "".join(map(_rule, ROLE))
+    return f"""\
+apiVersion: {_RBAC}/v1
+kind: Role
+metadata: {{name: cvlaunch, namespace: {json.dumps(namespace)}}}
+rules:
+{rules}---
+apiVersion: {_RBAC}/v1
+kind: RoleBinding
+metadata: {{name: cvlaunch, namespace: {json.dumps(namespace)}}}
+roleRef: {{apiGroup: {_RBAC}, kind: Role, name: cvlaunch}}
+subjects:
+  - {{kind: {subject.kind}, name: {json.dumps(subject.name)}, {account}}}
+"""
+
+
+def _rule(need: Need) -> str:
+    group = need.group or '""'
+    resources, verbs = ", ".join(need.resources), ", ".join(need.verbs)
+    return f"  # {need.purpose}\n  - {{apiGroups: [{group}], resources: [{resources}], verbs: [{verbs}]}}\n"

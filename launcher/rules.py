@@ -132,22 +132,38 @@ _OVH = ContainerRules(
 _KUBERNETES = ContainerRules(
     uid=1000,
     gid=0,
-    mounts=("/opt/ml",),
+    mounts=("/opt/ml", "/tmp"),  # noqa: S108 names folders of the container
+    read_only_root=True,
     drop_capabilities=True,
     shm=Shm(how="an emptyDir of medium Memory", size=DEFAULT_SHM, source="it is containerd's default"),
     env={"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443", "JOB_COMPLETION_INDEX": "0"},
-    sources={"user": "PSA", "privileges": "PSA", "shm": "K8S", "environment": "K8S", "stop": "K8S"},
+    sources={
+        "user": "PSA",
+        "privileges": "PSA",
+        "read-only root": "K8S",
+        "shm": "K8S",
+        "environment": "K8S",
+        "stop": "K8S",
+    },
     assumed={"user": "the cluster holds pods to the profile `restricted`, and the job asks for user 1000"},
 )
 
 _OPENSHIFT = ContainerRules(
     uid="random",
     gid=0,
-    mounts=("/opt/ml",),
+    mounts=("/opt/ml", "/tmp"),  # noqa: S108 names folders of the container
+    read_only_root=True,
     drop_capabilities=True,
     shm=Shm(how="an emptyDir of medium Memory", size=DEFAULT_SHM, source="opendatahub-io/kubeflow#111"),
     env=_KUBERNETES.env,
-    sources={"user": "SCC", "privileges": "SCC", "shm": "K8S", "environment": "K8S", "stop": "K8S"},
+    sources={
+        "user": "SCC",
+        "privileges": "SCC",
+        "read-only root": "K8S",
+        "shm": "K8S",
+        "environment": "K8S",
+        "stop": "K8S",
+    },
 )
 
 _SLURM = ContainerRules(

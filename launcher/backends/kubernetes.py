@@ -31,7 +31,15 @@ from launcher.backends.base import (
     Support,
     Transport,
 )
-from launcher.contract import DEFAULT_ROOT, EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_PREEMPTED, OUTPUT_FOLDERS, JobFile
+from launcher.contract import (
+    DEFAULT_ROOT,
+    EXIT_BAD_CONFIG,
+    EXIT_CANCELLED,
+    EXIT_PREEMPTED,
+    OUTPUT_FOLDERS,
+    STARTED,
+    JobFile,
+)
 from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchError, SpecError
 from launcher.kube import words
 from launcher.kube.client import Access, Cluster, Json
@@ -51,8 +59,7 @@ _IN_PLACE = dict.fromkeys(OUTPUT_FOLDERS, "in_place")
 _UPLOADED = dict.fromkeys(OUTPUT_FOLDERS, "runner")
 _CHANNELS = {"pvc": "mounted", "s3": "staged", "gs": "staged"}
 
-_CONFIG = "/etc/cvlaunch"
-_SECRETS = f"{_CONFIG}/secrets"
+_JOB, _SECRETS = "/etc/cvlaunch/job", "/etc/cvlaunch/secrets"
 _TERMINATION = "/dev/termination-log"
 _PORT = 29500
 
@@ -184,14 +191,15 @@ class KubernetesBackend:
 
     def context(self, job: Job, run_id: str, job_file: JobFile) -> Mapping[str, object]:
         target, resources, foreign = self.target, job.spec.resources, job.spec.runner == "none"
-        text = json.dumps(job_file.to_json(), indent=1, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(job_file.to_json(), indent=1, sort_keys=True)
         if len(text.encode()) > _LONGEST_JOB:
             raise SpecError(f"the job has more than {_LONGEST_JOB} bytes; put long values into a file of its code")
         labels = {"app.kubernetes.io/managed-by": "cvlaunch", words.RUN_ID: run_id, **target.labels}
         return {
             "run_id": run_id,
             "namespace": target.namespace,
-            "labels": {**labels, **_queue_labels(target)},
+            "labels": labels,
+            "job_labels": {**labels, **_queue_labels(target)},
             "annotations": _job_annotations(job),
             "pod_labels": {**labels, words.SUBMISSION: "1"},
             "pod_annotations": {**target.annotations, words.JOB_JSON: text},
@@ -410,12 +418,21 @@ class KubernetesBackend:
         now = time.time()
         given_up = False
         for run_id, found in seen.items():
-            if why := words.stuck(found, now=now, patience_s=self.target.pull_patience):
+            why = words.stuck(found, now=now, patience_s=self.target.pull_patience)
+            if why and not (why.startswith(words.CAPACITY) and self._has_begun(run_id)):
                 self._end(run_id, why)
                 given_up = True
         if given_up:
             seen = self._seen({run_id: self._job(run_id) if found.job else None for run_id, found in seen.items()})
         return {handle: words.status_of(seen[handle.native], now=now) for handle in handles}
+
+    def _has_begun(self, run_id: str) -> bool:
+        """Pods that were evicted leave no trace in the cluster. Nobody knows: it has."""
+        try:
+            store = self._run_folder(run_id)
+            return store is None or store.head(STARTED) is not None
+        except CvlaunchError:
+            return True
 
     def _seen(self, jobs: Mapping[str, Json | None]) -> dict[str, Seen]:
         there = {run_id: job for run_id, job in jobs.items() if job is not None}
@@ -627,7 +644,7 @@ def _variables(job: Job, run_id: str, job_file: JobFile, target: KubernetesTarge
         yield from _foreign_variables(job, run_id)
         return
     plain = {
-        "CVLAUNCH_JOB": f"{_CONFIG}/job.json",
+        "CVLAUNCH_JOB": f"{_JOB}/job.json",
         "CVLAUNCH_ROOT": DEFAULT_ROOT,
         "CVLAUNCH_LOG": "tagged",
         "CVLAUNCH_TERMINATION": _TERMINATION,
@@ -715,7 +732,7 @@ def _mounts(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, A
     if not foreign:
         yield {"name": volume, "mountPath": DEFAULT_ROOT, "subPath": base}
         yield {"name": "work", "mountPath": "/tmp", "subPath": "tmp"}  # noqa: S108 names the container's
-        yield {"name": "job", "mountPath": _CONFIG if not job_file.secrets else f"{_CONFIG}/job.json"}
+        yield {"name": "job", "mountPath": _JOB, "readOnly": True}
     own = ["config", "control", *(f"data/{c.name}" for c in job_file.channels if c.access != "mounted")]
     for name in own if mounted and not foreign else ():
         yield {"name": volume, "mountPath": f"{DEFAULT_ROOT}/input/{name}", "subPath": f"{base}/input/{name}"}

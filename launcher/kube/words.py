@@ -18,6 +18,7 @@ from launcher.status import State, Status
 from launcher.supervised import ended_state
 
 __all__ = [
+    "CAPACITY",
     "CONTAINER",
     "INDEX",
     "JOB_JSON",
@@ -51,6 +52,9 @@ STOPPED = "cvlaunch/stopped"
 """On a Job that we ended: `cancelled`, or why it could never start."""
 MAX_WAIT = "cvlaunch/max-wait-s"
 INDEX = "batch.kubernetes.io/job-completion-index"
+
+CAPACITY = "capacity"
+"""Begins the reason of a run that waited too long for a place."""
 
 _CANCELLED = "cancelled"
 _KUEUE = "kueue.x-k8s.io/queue-name"
@@ -248,7 +252,7 @@ def stuck(seen: Seen, *, now: float, patience_s: float) -> str:
     begun = any("running" in (main_container(pod).get("state") or {}) or _has_ended(pod) for pod in seen.pods)
     ready = (job.get("status") or {}).get("ready", 0) or (job.get("status") or {}).get("failed", 0)
     if limit and not begun and not ready and now - created > float(limit):
-        return f"capacity: it did not start within max_wait, {format_duration(float(limit))}"
+        return f"{CAPACITY}: it did not start within max_wait, {format_duration(float(limit))}"
     for pod in seen.pods:
         word, message = _why_waiting(pod, main_container(pod).get("state") or {})
         since = seconds((pod.get("status") or {}).get("startTime")) or now

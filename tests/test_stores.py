@@ -25,15 +25,24 @@ from launcher.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from launcher.kube.volume import VolumeStore
 from launcher.stores import StorageOptions, Store, open_store
 from launcher.stores.object_errors import Operation, object_errors
 from launcher.stores.remote import RemoteStore
 from tests.s3_fixtures import Bucket
 from tests.services.s3 import S3Server, make_certificate, rclone_server
+from tests.volume_fixtures import whole_machine  # noqa: F401
 
 
 @pytest.fixture(
-    params=["folder", "memory", "moto", "rclone", pytest.param("ssh", marks=pytest.mark.needs("sshd", "root"))]
+    params=[
+        "folder",
+        "memory",
+        "moto",
+        "rclone",
+        pytest.param("ssh", marks=pytest.mark.needs("sshd", "root")),
+        "volume",
+    ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
@@ -42,6 +51,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return open_store(f"memory://{tmp_path.name}/runs/shapes-1")
     if request.param == "ssh":
         return RemoteStore(request.getfixturevalue("ssh_host"), str(tmp_path / "not" / "there" / "yet"))
+    if request.param == "volume":
+        client = request.getfixturevalue("whole_machine")
+        return VolumeStore("claim", str(tmp_path / "not" / "there" / "yet").lstrip("/"), client)
     bucket: Bucket = request.getfixturevalue(f"{request.param}_bucket")
     return bucket.store()
 
@@ -86,7 +98,7 @@ def test_list_is_sorted_relative_and_by_folder(store: Store) -> None:
 def test_stores_below_one_another_see_their_own_paths(store: Store) -> None:
     if isinstance(store, stores.FolderStore):
         inner = open_store(stores.join_uri(store.uri, "a b"))
-    elif isinstance(store, RemoteStore):
+    elif isinstance(store, RemoteStore | VolumeStore):
         inner = dataclasses.replace(store, root=f"{store.root}/a b")
     else:
         inner = dataclasses.replace(store, prefix=store.prefix + "/a b")  # type: ignore[attr-defined]

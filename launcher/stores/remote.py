@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher.contract import SEGMENTS
-from launcher.errors import (
-    AuthError,
-    CapacityError,
-    CvlaunchError,
-    IntegrityError,
-    SpecError,
-    UnreachableError,
-    UnsupportedError,
-)
+from launcher.errors import CvlaunchError, IntegrityError, SpecError, UnsupportedError
 from launcher.remote import Done, Host
 from launcher.stores.base import Entry
+from launcher.stores.file_errors import file_error
 from launcher.stores.folders import PROBE, copy_into_place
 from launcher.stores.paths import bad_path, check_path, from_store
 
@@ -103,23 +96,17 @@ while IFS= read -r -d '' path; do
 done | xargs -0 -r rm -f --
 """
 
-_ERRORS: Sequence[tuple[str, type[CvlaunchError], str]] = (
-    (": (Permission denied|Operation not permitted)$", AuthError,
-     "no permission on this folder: ask its owner, or choose another"),
-    (": Read-only file system$", AuthError, "this file system is read-only: choose another folder"),
-    (": No space left on device$", CapacityError, "the disk is full: make room, or choose another disk"),
-    (": Disk quota exceeded$", CapacityError, "the disk quota is used up: make room, or choose another disk"),
-    (": Not a directory$|^mv: cannot overwrite directory ", SpecError,
-     "a file or folder is in the way: choose another path"),
-    (": Is a directory$", SpecError, "this is a folder: choose another path"),
-    (": (File name too long|Too many levels of symbolic links)$", SpecError,
-     "the system refuses it: choose another path"),
-    (": (Stale file handle|Input/output error|Transport endpoint is not connected)$", UnreachableError,
-     "the file system does not answer: try again later"),
-    (": command not found$", UnsupportedError,
-     "GNU coreutils and findutils are needed there: ask its administrators"),
-)  # fmt: skip
-"""What a tool said → what the caller can do. The error ends the line, after a name that may be anything."""
+_ERRORS: Sequence[tuple[str, str]] = (
+    (": (Permission denied|Operation not permitted)$", "EACCES"),
+    (": Read-only file system$", "EROFS"),
+    (": No space left on device$", "ENOSPC"),
+    (": Disk quota exceeded$", "EDQUOT"),
+    (": Not a directory$|^mv: cannot overwrite directory ", "ENOTDIR"),
+    (": Is a directory$", "EISDIR"),
+    (": (File name too long|Too many levels of symbolic links)$", "ENAMETOOLONG"),
+    (": (Stale file handle|Input/output error|Transport endpoint is not connected)$", "ESTALE"),
+)
+"""What a tool said → the errno behind it. The error ends the line, after a name that may be anything."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +199,11 @@ class RemoteStore:
             return self._cut_short(path)
         if re.search(": (File exists|cannot overwrite existing file)$", done.err, re.MULTILINE):
             return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place)
-        for pattern, kind, sentence in _ERRORS:
+        for pattern, name in _ERRORS:
             if re.search(pattern, done.err, re.MULTILINE):
-                return kind(f"{place}: {sentence}")
+                return file_error(name, place)
+        if re.search(": command not found$", done.err, re.MULTILINE):
+            return UnsupportedError(f"{place}: GNU coreutils and findutils are needed there: ask its administrators")
         if _is_missing(done.err):
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
         return CvlaunchError(f"{place}: exit code {done.code}: {done.err.strip()[-300:] or 'nothing was said'}")

@@ -1,0 +1,334 @@
+"""The pod that serves a claim: a Job that is made when somebody asks, shared by all who ask, and ends by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import (
+    AuthError,
+    CapacityError,
+    ConflictError,
+    CvlaunchError,
+    SpecError,
+    UnreachableError,
+    nearest,
+)
+from launcher.kube import serve
+from launcher.kube.client import Cluster, Json
+from launcher.kube.sockets import forward
+from launcher.kube.words import MANAGED, Seen, condition, is_over, labels_of, main_container, status_of
+from launcher.quantities import format_duration
+from launcher.status import State, Status
+
+__all__ = ["HELPER", "Helper", "HelperSpec", "helper_job", "helper_name"]
+
+HELPER = "cvlaunch/helper"
+"""Label of what we make for ourselves; a run's objects don't have it."""
+
+_NAME = "cvlaunch/helper-name"
+_CONTAINER = "volume"
+_FOLDER = "/data"
+_LONGEST_S = 3600
+_KEPT_S = 30
+"""After its end, so that it can be seen why it failed."""
+_ALONE_IDLE_S = 30.0
+"""At most, where nobody on another machine can use the claim meanwhile."""
+_PORTS = range(20000, 60000)
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class HelperSpec:
+    """What a helper is made of. image: asked for only when one must be made.
+
+    run_as_user, fs_group: None where the cluster chooses them. idle_s: it ends after so long without a request.
+    """
+
+    claim: str
+    image: Callable[[], str]
+    run_as_user: int | None = None
+    fs_group: int | None = None
+    pull_secrets: Sequence[str] = ()
+    tolerations: Sequence[Json] = ()
+    idle_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a claim can be mounted. node: empty is anywhere. alone: by one node at a time."""
+
+    node: str = ""
+    tolerations: Sequence[Json] = ()
+    alone: bool = False
+
+
+def helper_name(spec: HelperSpec) -> str:
+    """The same for all that the same pod can serve, with this version of serve.py."""
+    facts = repr((spec.claim, spec.run_as_user, spec.fs_group, _text()))
+    slug = re.sub(r"[^a-z0-9]+", "-", spec.claim[:24]).strip("-")
+    return f"cvlaunch-volume-{slug}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+
+
+def _text() -> str:
+    return Path(serve.__file__).read_text(encoding="utf-8")
+
+
+def helper_job(spec: HelperSpec, place: _Place, *, port: int) -> Json:
+    """port: on the pod's loopback, and one of many, as pods of a network of hosts share it."""
+    name = helper_name(spec)
+    managed, _, us = MANAGED.partition("=")
+    ours = {managed: us, HELPER: "volume", _NAME: name}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "labels": ours},
+        "spec": {
+            "backoffLimit": 0,
+            "activeDeadlineSeconds": _LONGEST_S,
+            "ttlSecondsAfterFinished": _KEPT_S,
+            "template": {"metadata": {"labels": ours}, "spec": _pod(spec, place, port)},
+        },
+    }
+
+
+def _pod(spec: HelperSpec, place: _Place, port: int) -> Json:
+    pod: Json = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 5,
+        "securityContext": _security(spec),
+        "containers": [_container(spec, place, port)],
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": spec.claim}}],
+    }
+    tolerations = [*spec.tolerations, *(one for one in place.tolerations if one not in spec.tolerations)]
+    if tolerations:
+        pod["tolerations"] = tolerations
+    if spec.pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in spec.pull_secrets]
+    if place.node:
+        fields = [{"key": "metadata.name", "operator": "In", "values": [place.node]}]
+        terms = {"nodeSelectorTerms": [{"matchFields": fields}]}
+        pod["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    return pod
+
+
+def _security(spec: HelperSpec) -> Json:
+    context: Json = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if spec.run_as_user is not None:
+        context |= {"runAsUser": spec.run_as_user, "runAsGroup": 0}
+    if spec.fs_group is not None:
+        context["fsGroup"] = spec.fs_group
+    return context
+
+
+def _container(spec: HelperSpec, place: _Place, port: int) -> Json:
+    idle_s = min(spec.idle_s, _ALONE_IDLE_S) if place.alone else spec.idle_s
+    return {
+        "name": _CONTAINER,
+        "image": spec.image(),
+        "command": ["python3", "-I", "-c", _text(), str(port), _FOLDER, str(idle_s)],
+        "ports": [{"name": "files", "containerPort": port}],
+        "resources": {
+            "requests": {"cpu": "100m", "memory": "128Mi"},
+            "limits": {"cpu": "1", "memory": "256Mi"},
+        },
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [{"name": "data", "mountPath": _FOLDER}],
+    }
+
+
+class Helper:
+    """The pod that serves one claim. Thread-safe, and safe beside other processes that want the same one."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        spec: HelperSpec,
+        *,
+        wait_s: float = 180.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._cluster, self._spec, self._wait_s, self._sleep = cluster, spec, wait_s, sleep
+        self._lock = threading.Lock()
+        self._name = helper_name(spec)
+
+    def connect(self) -> socket.socket:
+        """A connection to serve.py in the pod, which is made where there is none. ConnectionError: ask again."""
+        with self._lock:
+            pod, port = self._pod()
+        try:
+            return forward(self._cluster, pod, port)
+        except (SpecError, UnreachableError) as error:  # it ended just now
+            raise ConnectionError(str(error)) from error
+
+    def _pod(self) -> tuple[str, int]:
+        """Name and port of the one that serves."""
+        end, pause, mine = time.monotonic() + self._wait_s, _SHORTEST_WAIT_S, set[str]()
+        status = Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
+        while True:
+            job = self._job(mine)
+            pods = self._pods(job) if job else []
+            if found := next(filter(None, map(_serving, pods)), None):
+                return found
+            if job:
+                status = status_of(Seen(job, pods, "" if pods else self._refused(job)), now=time.time())
+            if _is_final(status) or time.monotonic() > end:
+                raise self._failure(status, pods)
+            self._sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_WAIT_S)
+
+    def _job(self, mine: set[str]) -> Json | None:
+        """One that can serve, made where there is none; None as long as one that ended is there.
+
+        mine: uids of those made here. One that ended is a failure then, which is not to be tried again and again.
+        """
+        job = self._cluster.get(self._path)
+        if job is None:
+            job = self._make()
+            mine |= {job["metadata"]["uid"]} if job else set()
+        elif _is_leaving(job) and job["metadata"]["uid"] not in mine:
+            self._cluster.delete(self._path)
+            return None
+        return job
+
+    def _make(self) -> Json | None:
+        """None if another process was faster."""
+        job = helper_job(self._spec, self._place(), port=secrets.choice(_PORTS))
+        with contextlib.suppress(ConflictError):
+            return self._cluster.create(self._cluster.path("jobs"), job)
+        return None
+
+    def _pods(self, job: Json) -> list[Json]:
+        """Of this Job, not of one of the same name before it."""
+        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+        found = self._cluster.list(self._cluster.path("pods"), labels=f"{_NAME}={name}")
+        return [pod for pod in found if any(o["uid"] == uid for o in pod["metadata"].get("ownerReferences") or ())]
+
+    @property
+    def _path(self) -> str:
+        return self._cluster.path("jobs", self._name)
+
+    # -- where --
+
+    def _place(self) -> _Place:
+        claim = self._claim()
+        modes = (claim.get("status") or {}).get("accessModes") or claim["spec"].get("accessModes") or []
+        if "ReadWriteMany" in modes or modes == ["ReadOnlyMany"]:
+            return _Place()
+        pods = [pod for pod in self._cluster.list(self._cluster.path("pods")) if _uses(pod, self._spec.claim)]
+        others = [pod["metadata"]["name"] for pod in pods if labels_of(pod).get(_NAME) != self._name]
+        if "ReadWriteOncePod" in modes and others:
+            raise CapacityError(
+                f"{self._what} is ReadWriteOncePod and pod {others[0]} uses it: wait until that ends, "
+                "or take a claim that several pods can use"
+            )
+        if not pods:
+            return _Place(alone=True)
+        return _Place(pods[0]["spec"]["nodeName"], pods[0]["spec"].get("tolerations") or (), alone=True)
+
+    def _claim(self) -> Json:
+        name, resource = self._spec.claim, "persistentvolumeclaims"
+        claim = self._cluster.get(self._cluster.path(resource, name))
+        if claim is None:
+            there = [one["metadata"]["name"] for one in self._cluster.list(self._cluster.path(resource))]
+            known = f"there are {', '.join(there)}" if there else "there are none"
+            raise SpecError(f"{self._cluster.where}: there is no claim {name!r}{nearest(name, there)}; {known}")
+        if claim["metadata"].get("deletionTimestamp"):
+            raise SpecError(f"{self._what} is being deleted: choose another")
+        if (claim.get("status") or {}).get("phase") == "Lost":
+            raise SpecError(f"{self._what} has lost its volume: choose another, or ask the cluster's administrators")
+        return claim
+
+    # -- what went wrong --
+
+    @property
+    def _what(self) -> str:
+        return f"{self._cluster.where}: claim {self._spec.claim}"
+
+    def _refused(self, job: Json) -> str:
+        return self._said(job["metadata"], "FailedCreate")
+
+    def _said(self, about: Json, reason: str = "") -> str:
+        """The last warning about an object, of this reason; empty if there is none, or none for us to read."""
+        fields = f"involvedObject.name={about['name']}" + (f",reason={reason}" if reason else "")
+        try:
+            found = list(self._cluster.list(self._cluster.path("events"), fields=fields))
+        except AuthError:
+            return ""
+        warnings = [
+            one for one in found if one["involvedObject"].get("uid") == about["uid"] and one["type"] == "Warning"
+        ]
+        return str(max(warnings, key=_when).get("message", "")) if warnings else ""
+
+    def _failure(self, status: Status, pods: Sequence[Json]) -> CvlaunchError:
+        """What is said of it; the pod, which would wait on, is removed."""
+        more = [self._said(pod["metadata"]) for pod in pods]
+        if pods and "PersistentVolumeClaim" in status.reason:
+            more.append(self._said(self._claim()["metadata"]))
+        self._cluster.delete(self._path)
+        words = ": ".join(dict.fromkeys(filter(None, (status.reason or status.native, *more))))
+        kind, advice = next((kind, advice) for found, kind, advice in _WAYS_OUT if re.search(found, words))
+        if not _is_final(status):
+            words = f"within {format_duration(self._wait_s)}: {words}"
+        return kind(
+            f"{self._what}: the pod that reads and writes its files did not start: {words.rstrip('.')}: {advice}"
+        )
+
+
+_WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
+    ("exceeded quota", CapacityError, "wait, or ask for more quota"),
+    ("forbidden|denied the request|unable to validate", SpecError,
+     "correct `run_as_user` of the target, or ask the cluster's administrators"),
+    ("image", SpecError, "correct the image, or the pull secrets of the target"),
+    ("PersistentVolumeClaim|persistentvolumeclaim", CapacityError, "choose another claim, or another storage class"),
+    ("no node takes it", CapacityError, "wait, or correct the `tolerations` of the target"),
+    ("", UnreachableError, "try again"),
+)  # fmt: skip
+"""What the words hold → what the user can do, from top to bottom."""
+
+_FINAL = re.compile("exceeded quota|forbidden|denied the request|unable to validate|InvalidImageName|ErrImageNeverPull")
+
+
+def _is_final(status: Status) -> bool:
+    """Whether waiting is in vain."""
+    return status.state.terminal or _FINAL.search(f"{status.native} {status.reason}") is not None
+
+
+def _is_leaving(job: Mapping[str, Any]) -> bool:
+    gone = job["metadata"].get("deletionTimestamp")
+    return bool(gone) or is_over(job) or any(condition(job, kind) for kind in ("FailureTarget", "SuccessCriteriaMet"))
+
+
+def _serving(pod: Mapping[str, Any]) -> tuple[str, int] | None:
+    if pod["metadata"].get("deletionTimestamp") or "running" not in (main_container(pod).get("state") or {}):
+        return None
+    container = next(one for one in pod["spec"]["containers"] if one["name"] == _CONTAINER)
+    return pod["metadata"]["name"], int(container["ports"][0]["containerPort"])
+
+
+def _uses(pod: Mapping[str, Any], claim: str) -> bool:
+    """On a node, now."""
+    if not pod["spec"].get("nodeName") or (pod.get("status") or {}).get("phase") not in ("Pending", "Running"):
+        return False
+    volumes = pod["spec"].get("volumes") or ()
+    return any((volume.get("persistentVolumeClaim") or {}).get("claimName") == claim for volume in volumes)
+
+
+def _when(event: Mapping[str, Any]) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")

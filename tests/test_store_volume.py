@@ -1,0 +1,506 @@
+"""Folders of a claim beyond a store's promises (test_stores.py): links, cut connections, full disks, the pod's life."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import AuthError, CapacityError, IntegrityError, SpecError, UnreachableError
+from launcher.kube import serve
+from launcher.kube.volume import FolderClient, VolumeStore, split_uri
+from launcher.stores import open_store
+from launcher.sync import sync_run
+from tests.volume_fixtures import FileServer, file_server, whole_machine  # noqa: F401
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "it's $HOME & é?%" / "runs"
+
+
+@pytest.fixture
+def store(whole_machine: FolderClient, root: Path) -> VolumeStore:  # noqa: F811
+    return VolumeStore("claim", str(root).lstrip("/"), whole_machine)
+
+
+def part_files(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.part")) if folder.exists() else []
+
+
+def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+# -- what is where ----------------------------------------------------------------------------------------------------
+
+URIS = {
+    "pvc://claim": ("claim", ""),
+    "pvc://claim/": ("claim", ""),
+    "pvc://claim/runs": ("claim", "runs"),
+    "pvc://my.claim-1/a b/c/": ("my.claim-1", "a b/c"),
+    "pvc://": None,
+    "pvc:///runs": None,
+    "pvc://Claim/runs": None,
+    "pvc://claim/../x": None,
+    "pvc://claim//x": None,
+    "pvc://claim/a\nb": None,
+    "s3://claim/x": None,
+}
+
+
+@pytest.mark.parametrize("uri", URIS)
+def test_uris(uri: str) -> None:
+    expected = URIS[uri]
+    if expected:
+        assert split_uri(uri) == expected
+    else:
+        with pytest.raises(SpecError, match="one looks like pvc://claim/runs"):
+            split_uri(uri)
+
+
+def test_uri_and_place(store: VolumeStore, root: Path) -> None:
+    assert store.uri == f"pvc://claim{root}"
+    assert VolumeStore("claim", "", store.client).uri == "pvc://claim"
+    assert store.local_path() is None
+    assert store.local_path("a") is None
+    with pytest.raises(SpecError, match="is not a folder of a claim"):
+        VolumeStore("claim", "../x", store.client)
+
+
+def test_entries_are_those_of_the_folder_itself(store: VolumeStore, root: Path, tmp_path: Path) -> None:
+    for path in ("output/a", ".hidden", "output/.b.part/c", "output.txt", "output-2/x"):
+        store.write(path, b"12345")
+    (root / "link").symlink_to("output/a")
+    for number in range(100):
+        (root / f"at-{number}").touch()
+        os.utime(root / f"at-{number}", ns=(0, 1_600_000_000_000_000_001 + number * 12_345_678_901_234_567))
+    folder = open_store(str(root))
+    assert list(store.list()) == list(folder.list())
+    assert list(store.list("output")) == list(folder.list("output"))
+    assert store.head("output/a") == folder.head("output/a")
+    assert store.download("output/a", tmp_path / "x") == folder.head("output/a")
+    assert store.head("output") is None
+
+
+def test_part_files_pipes_and_what_is_no_folder_are_not_listed(store: VolumeStore, root: Path) -> None:
+    (root / "sub").mkdir(parents=True)
+    (root / ".metrics.jsonl.1-2.part").write_text("half")
+    (root / "file").write_text("1")
+    os.mkfifo(root / "pipe")
+    assert [entry.path for entry in store.list()] == ["file"]
+    assert list(store.list("file")) == []
+    assert list(store.list("no/such")) == []
+    with pytest.raises(FileNotFoundError):
+        store.read("pipe")
+
+
+def test_thousands_of_files(store: VolumeStore, root: Path) -> None:
+    for number in range(3000):
+        path = root / f"{number % 7}/{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    paths = [entry.path for entry in store.list()]
+    assert paths == sorted(str(path.relative_to(root)) for path in root.rglob("*.txt"))
+    store.delete(paths)
+    assert list(store.list()) == []
+
+
+def test_hostile_names_there_are_refused(store: VolumeStore, root: Path) -> None:
+    root.mkdir(parents=True)
+    for name in (b"a\nb", b"\xff"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        path.touch()
+        with pytest.raises(IntegrityError, match="can't be brought to a folder"):
+            list(store.list())
+        path.unlink()
+
+
+def test_links_lead_nowhere_else(store: VolumeStore, root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    (root / "data").mkdir(parents=True)
+    (root / "data/real").write_text("1")
+    (root / "inner").symlink_to("data/real")
+    (root / "link").symlink_to(outside)
+    (root / "file").symlink_to(outside / "secret")
+    (root / "loop").symlink_to("loop")
+    assert [entry.path for entry in store.list()] == ["data/real", "inner"]
+    assert store.read("inner") == b"1"
+    calls: list[Callable[[], object]] = [
+        lambda: store.read("file"),
+        lambda: store.read_range("file", 3, 2),
+        lambda: store.head("link/secret"),
+        lambda: list(store.list("link")),
+        lambda: store.download("file", tmp_path / "x"),
+        lambda: store.write("link/x", b""),
+        lambda: store.delete(["link/secret"]),
+    ]
+    for call in calls:
+        with pytest.raises(SpecError, match="symbolic link"):
+            call()
+    store.write("file", b"replaces the link")
+    assert [path.read_text() for path in outside.iterdir()] == ["secret"]
+    assert store.read("file") == b"replaces the link"
+
+
+def test_nothing_leads_out_of_the_claim(tmp_path: Path) -> None:
+    (tmp_path / "claim").mkdir()
+    (tmp_path / "claim" / "way").symlink_to(tmp_path)
+    (tmp_path / "claim-2").mkdir()
+    (tmp_path / "claim-2" / "secret").write_text("secret")
+    with file_server(tmp_path / "claim") as server, contextlib.closing(server.client()) as client:
+        with pytest.raises(SpecError, match="symbolic link"):
+            VolumeStore("claim", "way/claim-2", client).read("secret")
+        for query in (
+            "path=../claim-2/secret",
+            "root=../claim-2&path=secret",
+            "path=/etc/passwd",
+            "path=way%00",
+        ):
+            with client.exchange("GET", f"/file?{query}", {}, (), fresh=False) as answer:
+                assert answer.status == 400
+                assert answer.read() == b""
+
+
+def test_one_of_many_is_first(store: VolumeStore) -> None:
+    def claim(number: int) -> bool:
+        try:
+            store.write("owner", str(number).encode() * 9999, if_absent=True)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, range(8)))
+    assert won.count(True) == 1
+    assert store.read("owner") == str(won.index(True)).encode() * 9999
+    assert [entry.path for entry in store.list()] == ["owner"]
+
+
+def test_a_run_comes_home(store: VolumeStore, tmp_path: Path) -> None:
+    tree = {f"output/logs/rank-{n}.txt": os.urandom(1000) for n in range(30)} | {"model/weights": os.urandom(3 << 20)}
+    for path, content in tree.items():
+        store.write(path, content)
+    sync_run(store, tmp_path / "home")
+    for path, content in tree.items():
+        assert (tmp_path / "home" / path).read_bytes() == content
+
+
+def test_a_run_in_place_has_no_segments(tmp_path: Path) -> None:
+    with file_server(tmp_path) as server, contextlib.closing(server.client()) as client:
+        store = VolumeStore("claim", "run", client, in_place=True)
+        assert list(store.list("segments")) == []
+        with pytest.raises(FileNotFoundError):
+            store.read("segments/metrics.jsonl/seg-000000000000")
+        assert server.connections == 0
+
+
+def unsent(connection: socket.socket) -> int:
+    return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """Passes bytes on to a server. limits: for each connection, after how many of them it is cut; later ones are whole.
+
+    up: what the limits count: bytes to the server, or from it. at_limit: called before a connection is cut.
+    """
+
+    def __init__(
+        self, server: FileServer, limits: list[int], *, up: bool = False, at_limit: Callable[[], object] = lambda: None
+    ) -> None:
+        self._server, self._limits, self._up, self._at_limit = server, limits, up, at_limit
+        self.passed = 0
+
+    def connect(self) -> socket.socket:
+        limit = self._limits.pop(0) if self._limits else 1 << 60
+        ours, theirs = socket.socketpair()
+        there = self._server.connect()
+        cut = threading.Event()
+        ways = [(theirs, there, self._up), (there, theirs, not self._up)]
+        threads = [threading.Thread(target=self._pass, args=(*way, limit, cut)) for way in ways]
+        for thread in threads:
+            thread.start()
+        threading.Thread(target=self._close, args=(threads, theirs, there)).start()
+        return ours
+
+    def _pass(self, source: socket.socket, to: socket.socket, counted: bool, limit: int, cut: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(min(limit, 1 << 16)):
+                to.sendall(data)
+                if counted:
+                    self.passed += len(data)
+                    limit -= len(data)
+                    if not limit:
+                        self._at_limit()
+                        break
+        for end in (source, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _close(self, threads: list[threading.Thread], *ends: socket.socket) -> None:
+        for thread in threads:
+            thread.join()
+        for end in ends:
+            end.close()
+
+    def store(self) -> VolumeStore:
+        return VolumeStore("claim", "run", FolderClient(self.connect, sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def claim(tmp_path: Path) -> Path:
+    """The folder that is served as a claim."""
+    (tmp_path / "claim").mkdir()
+    return tmp_path / "claim"
+
+
+@pytest.fixture
+def server(claim: Path) -> Iterator[FileServer]:
+    with file_server(claim) as server:
+        yield server
+
+
+CONTENT = os.urandom(3 << 20)
+
+
+def test_one_connection_does(server: FileServer) -> None:
+    with contextlib.closing(server.client()) as client:
+        store = VolumeStore("claim", "run", client)
+        for number in range(20):
+            store.write(str(number), b"1")
+            assert store.read(str(number)) == b"1"
+            assert store.head(str(number)) is not None
+            assert store.head(f"no-{number}") is None
+        assert len(list(store.list())) == 20
+    assert server.connections == 1
+
+
+def test_a_download_goes_on_where_it_broke(server: FileServer, claim: Path, tmp_path: Path) -> None:
+    (claim / "run").mkdir()
+    (claim / "run/a").write_bytes(CONTENT)
+    relay = Relay(server, [1 << 19] * 5)
+    store = relay.store()
+    store.download("a", tmp_path / "home/a")
+    store.client.close()
+    assert (tmp_path / "home/a").read_bytes() == CONTENT
+    assert relay.passed < len(CONTENT) + 10_000
+
+
+def test_a_file_that_is_replaced_while_it_comes(server: FileServer, claim: Path, tmp_path: Path) -> None:
+    (claim / "run").mkdir()
+    (claim / "run/a").write_bytes(bytes(len(CONTENT)))
+    store = Relay(server, [1 << 20], at_limit=lambda: (claim / "run/a").write_bytes(CONTENT)).store()
+    entry = store.download("a", tmp_path / "home/a")
+    store.client.close()
+    assert (tmp_path / "home/a").read_bytes() == CONTENT
+    assert entry == open_store(str(claim / "run")).head("a")
+
+
+def test_a_download_of_what_is_gone_meanwhile_leaves_nothing(server: FileServer, claim: Path, tmp_path: Path) -> None:
+    (claim / "run").mkdir()
+    (claim / "run/a").write_bytes(CONTENT)
+    store = Relay(server, [1 << 20], at_limit=(claim / "run/a").unlink).store()
+    with contextlib.closing(store.client), pytest.raises(FileNotFoundError):
+        store.download("a", tmp_path / "home/a")
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_everything_that_may_is_sent_again(server: FileServer, claim: Path, tmp_path: Path) -> None:
+    (tmp_path / "local").write_bytes(CONTENT)
+    store = Relay(server, [1 << 20, 1 << 20], up=True).store()
+    store.write("a", tmp_path / "local")
+    store.client.close()
+    assert (claim / "run/a").read_bytes() == CONTENT
+    calls: list[Callable[[], object]] = [
+        lambda: store.read("a"),
+        lambda: store.head("a"),
+        lambda: list(store.list()),
+        lambda: store.delete(["a"]),
+    ]
+    for call in calls:
+        store = Relay(server, [10, 40], up=False).store()
+        call()
+        store.client.close()
+    assert list((claim / "run").iterdir()) == []
+
+
+def test_a_connection_that_always_breaks(server: FileServer) -> None:
+    store = Relay(server, [10] * 50).store()
+    with pytest.raises(UnreachableError, match=r"pvc://claim/run: the connection breaks again and again \("):
+        store.write("a", b"1")
+
+
+def test_nobody_there(server: FileServer) -> None:
+    server.process.terminate()
+    server.process.wait()
+    with pytest.raises(UnreachableError, match=r"again and again .*refused"):
+        VolumeStore("claim", "run", server.client()).read("a")
+
+
+def test_who_may_not_be_second_is_not_sent_again(server: FileServer, claim: Path) -> None:
+    relay = Relay(server, [1 << 20], up=True)
+    store = relay.store()
+    with contextlib.closing(store.client), pytest.raises(UnreachableError, match=r"run/owner: .*there or not: look"):
+        store.write("owner", CONTENT, if_absent=True)
+    wait_for(lambda: not part_files(claim / "run"))
+    assert list((claim / "run").iterdir()) == []
+
+
+def test_who_may_not_be_second_takes_no_stale_connection(server: FileServer, claim: Path) -> None:
+    store = Relay(server, [600]).store()
+    with contextlib.closing(store.client):
+        for number in range(3):
+            store.write(f"{number}", b"1")
+        store.client._idle[0].sock.shutdown(socket.SHUT_RDWR)
+        store.write("owner", b"1", if_absent=True)
+    assert (claim / "run/owner").read_bytes() == b"1"
+
+
+# -- what goes wrong there --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk_on_either_side(small_disk: Path, store: VolumeStore, tmp_path: Path) -> None:
+    there = VolumeStore("claim", str(small_disk / "runs").lstrip("/"), store.client)
+    (tmp_path / "source").write_bytes(bytes(64 << 20))
+    for if_absent in (False, True):
+        with pytest.raises(CapacityError, match=r"/runs/big: the disk is full: make room"):
+            there.write("big", tmp_path / "source", if_absent=if_absent)
+    wait_for(lambda: not part_files(small_disk / "runs"))
+    assert list((small_disk / "runs").iterdir()) == []
+    store.write("big", bytes(3 << 20))
+    with pytest.raises(CapacityError, match="the disk is full"):
+        store.download("big", small_disk / "home/big")
+
+
+@pytest.mark.needs("root")
+def test_a_folder_of_somebody_else(claim: Path, tmp_path: Path) -> None:
+    for folder in (claim, *claim.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    (claim / "private").mkdir(mode=0o700)
+    (claim / "private/a").write_text("1")
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with file_server(claim, *nobody) as server, contextlib.closing(server.client()) as client:
+        store = VolumeStore("claim", "private", client)
+        calls: list[Callable[[], object]] = [
+            store.check_writable,
+            lambda: store.read("a"),
+            lambda: store.head("a"),
+            lambda: list(store.list()),
+            lambda: store.download("a", tmp_path / "x"),
+            lambda: store.delete(["a"]),
+        ]
+        for call in calls:
+            with pytest.raises(AuthError, match=r"pvc://claim/private.*: no permission on this folder: ask its owner"):
+                call()
+
+
+@pytest.mark.needs("root")
+def test_a_read_only_file_system(small_disk: Path, store: VolumeStore) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(AuthError, match="this file system is read-only: choose another folder"):
+        VolumeStore("claim", str(small_disk / "runs").lstrip("/"), store.client).check_writable()
+
+
+def test_files_and_folders_in_the_way(store: VolumeStore, root: Path, tmp_path: Path) -> None:
+    store.write("file", b"")
+    store.write("folder/x", b"")
+    calls: list[Callable[[], object]] = [
+        lambda: store.write("file/x", b""),
+        lambda: store.write("file/x", b"", if_absent=True),
+        lambda: store.write("folder", b""),
+        lambda: store.read("folder"),
+        lambda: store.read("file/x"),
+        lambda: store.delete(["folder"]),
+        lambda: store.download("folder", tmp_path / "x"),
+        lambda: store.write("n" * 300, b""),
+    ]
+    for call in calls:
+        with pytest.raises(SpecError, match=r"choose another path"):
+            call()
+    with pytest.raises(FileExistsError):
+        store.write("folder", b"", if_absent=True)
+    assert [entry.path for entry in store.list()] == ["file", "folder/x"]
+    assert part_files(root) == []
+
+
+def test_a_file_that_shrinks_is_no_upload(server: FileServer, claim: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT * 10)
+    with contextlib.closing(server.connect()) as held:
+        connections = [held]
+        store = VolumeStore("claim", "run", FolderClient(connections.pop))
+        server.process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(store.write, "a", source)
+            wait_for(lambda: unsent(held))  # buffers are full
+            os.truncate(source, 1 << 10)
+            server.process.send_signal(signal.SIGCONT)
+            with pytest.raises(IntegrityError, match=r"'a' in pvc://claim/run was cut short while"):
+                call.result(30)
+    wait_for(lambda: (claim / "run").exists() and not part_files(claim / "run"))
+    assert list((claim / "run").iterdir()) == []
+
+
+# -- its end ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_by_itself_when_nobody_asks(claim: Path) -> None:
+    with file_server(claim, idle_s=0.1) as server, contextlib.closing(server.client()) as client:
+        store = VolumeStore("claim", "", client)
+        begun = time.monotonic()
+        while time.monotonic() < begun + 0.3:
+            store.write("a", b"1")
+        assert server.process.poll() is None
+        assert server.process.wait(5) == 0
+
+
+def test_it_is_not_idle_while_bytes_come(claim: Path) -> None:
+    with file_server(claim, idle_s=0.1) as server, contextlib.closing(server.connect()) as connection:
+        connection.sendall(b"PUT /file?path=a HTTP/1.1\r\nContent-Length: 8\r\n\r\n")
+        for _ in range(8):
+            time.sleep(0.05)
+            connection.sendall(b"x")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 201 ")
+
+
+def test_it_goes_at_once_when_told_to(server: FileServer) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(5) == 0
+
+
+def test_any_python_3_can_run_it() -> None:
+    text = Path(serve.__file__).read_text()
+    ast.parse(text, feature_version=(3, 8))
+    assert "$(" not in text  # which Kubernetes would fill in

@@ -9,7 +9,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from launcher.errors import (
 )
 from launcher.kube import serve
 from launcher.kube.client import Cluster, Json
+from launcher.kube.serve import HELLO
 from launcher.kube.sockets import forward
 from launcher.kube.words import MANAGED, Seen, condition, is_over, labels_of, main_container, status_of
 from launcher.quantities import format_duration
@@ -45,6 +46,23 @@ _ALONE_IDLE_S = 30.0
 """At most, where nobody on another machine can use the claim meanwhile."""
 _PORTS = range(20000, 60000)
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 1.0
+_GREETING_S = 10.0
+
+
+_WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
+    ("exceeded quota", CapacityError, "wait, or ask for more quota"),
+    ("runAsNonRoot", SpecError, "set `run_as_user` of the target, or take an image that names a user"),
+    ("forbidden|denied the request", SpecError,
+     "correct `run_as_user` of the target, or ask the cluster's administrators"),
+    ("image", SpecError, "correct the image, or the pull secrets of the target"),
+    ("(?i)persistentvolumeclaim", CapacityError, "choose another claim, or another storage class"),
+    ("no node takes it", CapacityError, "wait, or correct the `tolerations` of the target"),
+    ("", UnreachableError, "try again"),
+)  # fmt: skip
+"""What the words hold → what the user can do, from top to bottom."""
+
+_FINAL = re.compile("exceeded quota|runAsNonRoot|forbidden|denied the request|InvalidImageName|ErrImageNeverPull")
+"""Words that another minute does not change."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def _security(spec: HelperSpec) -> Json:
     if spec.run_as_user is not None:
         context |= {"runAsUser": spec.run_as_user, "runAsGroup": 0}
     if spec.fs_group is not None:
-        context["fsGroup"] = spec.fs_group
+        context |= {"fsGroup": spec.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
     return context
 
 
@@ -169,19 +187,25 @@ class Helper:
         self._name = helper_name(spec)
 
     def connect(self) -> socket.socket:
-        """A connection to serve.py in the pod, which is made where there is none. ConnectionError: ask again."""
+        """A connection to serve.py, which has answered on it, in a pod that is made where there is none."""
         with self._lock:
-            pod, port = self._pod()
-        try:
-            return forward(self._cluster, pod, port)
-        except (SpecError, UnreachableError) as error:  # it ended just now
-            raise ConnectionError(str(error)) from error
+            end = time.monotonic() + self._wait_s
+            for pause in _pauses():
+                pod, port = self._pod(end)
+                try:
+                    return _greeted(forward(self._cluster, pod, port))
+                except (SpecError, UnreachableError, OSError) as error:  # it begins or ends just now
+                    if time.monotonic() > end:
+                        words = f"{self._what}: pod {pod}, which serves its files, does not answer ({error}): try again"
+                        raise UnreachableError(words) from error
+                self._sleep(pause)
+        raise AssertionError("pauses have no end")
 
-    def _pod(self) -> tuple[str, int]:
+    def _pod(self, end: float) -> tuple[str, int]:
         """Name and port of the one that serves."""
-        end, pause, mine = time.monotonic() + self._wait_s, _SHORTEST_WAIT_S, set[str]()
+        mine = set[str]()
         status = Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
-        while True:
+        for pause in _pauses():
             job = self._job(mine)
             pods = self._pods(job) if job else []
             if found := next(filter(None, map(_serving, pods)), None):
@@ -191,18 +215,18 @@ class Helper:
             if _is_final(status) or time.monotonic() > end:
                 raise self._failure(status, pods)
             self._sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_WAIT_S)
+        raise AssertionError("pauses have no end")
 
     def _job(self, mine: set[str]) -> Json | None:
         """One that can serve, made where there is none; None as long as one that ended is there.
 
-        mine: uids of those made here. One that ended is a failure then, which is not to be tried again and again.
+        mine: uids of those made here. One of them that failed is kept: the next would fail as well.
         """
         job = self._cluster.get(self._path)
         if job is None:
             job = self._make()
             mine |= {job["metadata"]["uid"]} if job else set()
-        elif _is_leaving(job) and job["metadata"]["uid"] not in mine:
+        elif _is_leaving(job) and not (condition(job, "Failed") and job["metadata"]["uid"] in mine):
             self._cluster.delete(self._path)
             return None
         return job
@@ -278,31 +302,41 @@ class Helper:
 
     def _failure(self, status: Status, pods: Sequence[Json]) -> CvlaunchError:
         """What is said of it; the pod, which would wait on, is removed."""
+        lead = status.reason or status.native
         more = [self._said(pod["metadata"]) for pod in pods]
-        if pods and "PersistentVolumeClaim" in status.reason:
+        if re.search("(?i)persistentvolumeclaim", lead):
             more.append(self._said(self._claim()["metadata"]))
-        self._cluster.delete(self._path)
-        words = ": ".join(dict.fromkeys(filter(None, (status.reason or status.native, *more))))
+        words = ": ".join([lead, *dict.fromkeys(text for text in more if text and text not in lead)]).rstrip(".")
         kind, advice = next((kind, advice) for found, kind, advice in _WAYS_OUT if re.search(found, words))
         if not _is_final(status):
             words = f"within {format_duration(self._wait_s)}: {words}"
-        return kind(
-            f"{self._what}: the pod that reads and writes its files did not start: {words.rstrip('.')}: {advice}"
-        )
+        with contextlib.suppress(AuthError):
+            self._cluster.delete(self._path)
+        return kind(f"{self._what}: the pod that serves its files did not start: {words}: {advice}")
 
 
-_WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
-    ("exceeded quota", CapacityError, "wait, or ask for more quota"),
-    ("forbidden|denied the request|unable to validate", SpecError,
-     "correct `run_as_user` of the target, or ask the cluster's administrators"),
-    ("image", SpecError, "correct the image, or the pull secrets of the target"),
-    ("PersistentVolumeClaim|persistentvolumeclaim", CapacityError, "choose another claim, or another storage class"),
-    ("no node takes it", CapacityError, "wait, or correct the `tolerations` of the target"),
-    ("", UnreachableError, "try again"),
-)  # fmt: skip
-"""What the words hold → what the user can do, from top to bottom."""
+def _pauses() -> Iterator[float]:
+    pause = _SHORTEST_WAIT_S
+    while True:
+        yield pause
+        pause = min(1.5 * pause, _LONGEST_WAIT_S)
 
-_FINAL = re.compile("exceeded quota|forbidden|denied the request|unable to validate|InvalidImageName|ErrImageNeverPull")
+
+def _greeted(connection: socket.socket) -> socket.socket:
+    """A port where nobody listens can be connected to, too."""
+    said = b""
+    try:
+        connection.settimeout(_GREETING_S)
+        connection.sendall(b"GET /ping HTTP/1.1\r\n\r\n")
+        while not said.endswith(HELLO):
+            block = connection.recv(1024)
+            if not block or len(said) > 10 * 1024:
+                raise ConnectionError("nobody listens, or somebody else does")
+            said += block
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _is_final(status: Status) -> bool:

@@ -23,7 +23,7 @@ from launcher.contract import SEGMENTS
 from launcher.errors import IntegrityError, SpecError, UnreachableError
 from launcher.kube.client import Cluster, Json
 from launcher.kube.helper import Helper, HelperSpec
-from launcher.kube.serve import END, HELLO
+from launcher.kube.serve import END
 from launcher.stores.base import Entry
 from launcher.stores.file_errors import file_error
 from launcher.stores.folders import PROBE, copy_into_place
@@ -283,8 +283,8 @@ class FolderClient:
     def exchange(
         self, method: str, target: str, headers: Mapping[str, str], body: Iterable[bytes | memoryview], fresh: bool
     ) -> Iterator[http.client.HTTPResponse]:
-        """One request. fresh: over a connection that is known to work, as it must not be sent twice."""
-        connection = self.repeated(self._greeted, target) if fresh else self._take()
+        """One request. fresh: over a connection that has not waited, as it must not be sent twice."""
+        connection = self._open() if fresh else self._take()
         answer = None
         try:
             answer = _ask(connection, method, target, headers, body)
@@ -314,18 +314,6 @@ class FolderClient:
         with _connection():
             connection.sock = self._connect()
         connection.sock.settimeout(_SILENT_S)
-        return connection
-
-    def _greeted(self) -> http.client.HTTPConnection:
-        connection = self._open()
-        try:
-            answer = _ask(connection, "GET", "/ping", {}, ())
-            with _connection():
-                if answer.read() != HELLO:
-                    raise ConnectionError("something else answers there")
-        except BaseException:
-            connection.close()
-            raise
         return connection
 
 

@@ -42,7 +42,7 @@ from launcher.resolve import resolve
 from launcher.secretfiles import require_private
 from launcher.spec import JobSpec
 from launcher.status import State
-from launcher.stores import StorageOptions, Store, is_uri, join_uri, open_store
+from launcher.stores import Store, is_uri, join_uri, open_store
 from launcher.targets import Selected, Targets, load_targets
 
 __all__ = [
@@ -481,7 +481,7 @@ def push_channels(job: Path, *, backend: str | None, target: str | None, setting
     """`submit --push-data`: pushes each folder of this machine to `to/<channel>`; returns settings that point there."""
     spec = load_job(job, settings)
     targets = load_targets(job.absolute().parent)
-    options: StorageOptions = targets.select(target=target, backend=backend).target.storage.options
+    selected = targets.select(target=target, backend=backend)
     changed = []
     for name, written in spec.data.items():
         folder = job.absolute().parent / Path(written).expanduser()
@@ -490,6 +490,6 @@ def push_channels(job: Path, *, backend: str | None, target: str | None, setting
         if spec.train is not None and name in ("train", "val"):
             check_channel(folder, spec.train, channel=name)
         uri = join_uri(to, name)
-        manifest.push(folder, open_store(uri, options))
+        manifest.push(folder, selected.store(uri))
         changed.append(f"data.{name}={uri}")
     return changed

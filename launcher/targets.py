@@ -15,6 +15,7 @@ from launcher.backends import load_backend, names
 from launcher.backends.base import Backend, BaseTarget
 from launcher.errors import SpecError, nearest
 from launcher.jobfile import validate
+from launcher.stores import Store, open_store
 from launcher.yamlfile import Document, KeyPath, parse_yaml, read_yaml, with_value
 
 __all__ = ["FILE_NAME", "Selected", "Targets", "load_targets"]
@@ -46,6 +47,10 @@ class Selected:
 
     def open(self) -> Backend:
         return self.backend(self.target, self.name)
+
+    def store(self, uri: str) -> Store:
+        """As this target reaches it: with its endpoint, region and profile, and also where it alone can."""
+        return self.open().store(uri) or open_store(uri, self.target.storage.options)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def test_one_target_of_a_backend_is_chosen(tmp_path: Path) -> None:
     ("choice", "says"),
     [
         ({"backend": "local"}, "2 targets are of backend 'local': bench, desk"),
-        ({"target": "dsk"}, "unknown target 'dsk'; there are bench, .*, local, slurm; did you mean 'desk'"),
-        ({"backend": "locl"}, "unknown backend 'locl'; there are .*local, slurm; did you mean 'local'"),
+        ({"target": "dsk"}, "unknown target 'dsk'; there are bench, .*, local, openshift, slurm; did you mean 'desk'"),
+        ({"backend": "locl"}, "unknown backend 'locl'; there are .*local, openshift, slurm; did you mean 'local'"),
         ({"target": "desk", "backend": "slurm"}, "is of backend 'local', not 'slurm'"),
     ],
 )

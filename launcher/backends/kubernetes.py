@@ -222,7 +222,7 @@ class KubernetesBackend:
             "read_only": target.read_only and not foreign,
             "image": self._image(job),
             "command": ["cvlaunch-run"],
-            "arguments": list(job.command or ()),
+            "arguments": [_literal(word) for word in job.command or ()],
             "env": list(_variables(job, run_id, job_file, target)),
             "storage_secret": target.storage_secret,
             "termination": _TERMINATION,
@@ -666,13 +666,17 @@ def _variables(job: Job, run_id: str, job_file: JobFile, target: KubernetesTarge
 
 
 def _foreign_variables(job: Job, run_id: str) -> Iterator[Mapping[str, Any]]:
-    """A `$(NAME)` in a value is Kubernetes' own way to name another variable; doubled, it stands for itself."""
     for name, value in job.spec.env.items():
-        yield {"name": name, "value": value.replace("$(", "$$(")}
+        yield {"name": name, "value": _literal(value)}
     stored = _stored_secrets(job.spec.secrets)
     for name in job.spec.secrets:
         secret, key = stored.get(name, (run_id, name))
         yield {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+
+
+def _literal(text: str) -> str:
+    """`$(NAME)` is Kubernetes' own way to name a variable; with the `$` doubled it stands for itself."""
+    return text.replace("$(", "$$(")
 
 
 def _stored_secrets(secrets: Mapping[str, str]) -> dict[str, tuple[str, str]]:

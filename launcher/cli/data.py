@@ -140,13 +140,13 @@ def push(*, folder: Path, uri: str, target: str | None, prune: bool, out: Out) -
 
 
 def _store(place: str, target: str | None) -> Store:
-    """With the store settings of a target: its endpoint, region and profile."""
+    """As a target reaches it, if one is given."""
     from launcher.stores import open_store
     from launcher.targets import load_targets
 
     if target is None:
         return open_store(place)
-    return open_store(place, load_targets(Path.cwd()).select(target=target).target.storage.options)
+    return load_targets(Path.cwd()).select(target=target).store(place)
 
 
 def _print(place: str, found: Manifest, out: Out) -> None:

@@ -26,6 +26,7 @@ from launcher.stores.paths import (
 )
 
 __all__ = [
+    "OF_TARGETS",
     "SCHEMES",
     "Entry",
     "FolderStore",
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 SCHEMES = ("file", "gs", "memory", "s3", "ssh")
+OF_TARGETS = {"pvc": "kubernetes or openshift"}
+"""Kinds of stores that only a target can reach → its backend."""
 
 
 def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: float = 30.0) -> Store:
@@ -60,6 +63,8 @@ def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: f
         return FolderStore(Path(os.path.abspath(path_of(uri))))  # noqa: PTH100
     if kind == "ssh":
         return _behind_ssh(uri)
+    if kind in OF_TARGETS:
+        raise SpecError(f"{uri!r} is reached through a target of backend {OF_TARGETS[kind]}: say which, with --target")
     if kind not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise SpecError(f"{kind}:// in {uri!r} is not a kind of store; known: {known}{nearest(kind, SCHEMES)}")

@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Need:
-    """A rule of a Role: verbs on resources (`pods/log`: a part of one), and what for. needed: nothing goes without it."""
+    """A rule of a Role: verbs on resources (`pods/log`: a part of one), and what for. needed: runs need it."""
 
     group: str
     resources: tuple[str, ...]

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from launcher.stores import join_uri, scheme
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
+__all__ = ["dump_yaml", "eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
 
 PLACEHOLDER = "REPLACE-ME"
 
@@ -245,7 +245,12 @@ def _with_overlay(text: str, form: str, overlay: Mapping[str, Any] | list[Any] |
     if form == "json":
         return json.dumps(_patched(content, overlay), indent=2, ensure_ascii=False) + "\n"
     patched = [_patched(content[0], overlay), *content[1:]]
-    return str(yaml.dump_all(patched, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
+    return dump_yaml(patched)
+
+
+def dump_yaml(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The form of every text in YAML, by which equal documents are equal texts."""
+    return str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
 
 
 class _Dumper(yaml.SafeDumper):

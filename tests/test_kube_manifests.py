@@ -211,7 +211,7 @@ def test_a_secret_of_the_cluster_has_a_key(reference: str) -> None:
     [
         ({}, {"spot": True}, "doesn't say which nodes are spot"),
         ({}, {"gpus": 1, "gpu": ("A1OO",)}, "A1OO"),
-        ({"output": "pvc:///x"}, {}, "names no claim"),
+        ({"output": "pvc:///x"}, {}, "is not a folder of a claim"),
     ],
 )
 def test_what_no_manifest_can_say_is_refused(keys: dict[str, Any], asked: dict[str, Any], said: str) -> None:

@@ -44,8 +44,9 @@ from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchErr
 from launcher.kube import words
 from launcher.kube.client import Access, Cluster, Json
 from launcher.kube.gpus import WAYS, is_gpu, node_requirement, toleration_key
-from launcher.kube.volume import open_volume
+from launcher.kube.volume import open_volume, split_uri
 from launcher.kube.words import CONTAINER, Seen
+from launcher.plan import dump_yaml
 from launcher.quantities import format_size
 from launcher.rules import RULES, ContainerRules
 from launcher.shm import SHM, size_as_written
@@ -277,7 +278,7 @@ class KubernetesBackend:
                 yield Problem(key, f"the Secret {name} has no key {entry}; it has {', '.join(found.get('data') or {})}")
 
     def _check_claims(self, job: Job) -> Iterator[Problem]:
-        for claim in sorted({_claim(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
+        for claim in sorted({split_uri(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
             try:
                 found = self._cluster.get(self._cluster.path("persistentvolumeclaims", claim))
             except AuthError:
@@ -405,8 +406,7 @@ class KubernetesBackend:
         if job["spec"].get("completionMode") == "Indexed":
             service = self._cluster.get(self._cluster.path("services", name))
             documents += [_as_sent(service)] if service else []
-        sent = str(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=10**6))
-        return Adopted(self._handle(name), sent, JobFile.from_bytes(text.encode()))
+        return Adopted(self._handle(name), dump_yaml(documents), JobFile.from_bytes(text.encode()))
 
     # -- what became of it --------------------------------------------------------------------------------------------
 
@@ -556,7 +556,7 @@ class KubernetesBackend:
     def store(self, uri: str) -> Store | None:
         if scheme(uri) != "pvc":
             return None
-        claim, path = _claim(uri)
+        claim, path = split_uri(uri)
         target = self.target
         return open_volume(
             self._cluster,
@@ -567,6 +567,7 @@ class KubernetesBackend:
             fs_group=target.fs_group,
             pull_secrets=target.image_pull_secrets,
             tolerations=target.tolerations,
+            in_place=True,
         )
 
     def _helper_image(self, path: str) -> str:
@@ -741,7 +742,7 @@ def _mounts(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, A
     for name in own if mounted and not foreign else ():
         yield {"name": volume, "mountPath": f"{DEFAULT_ROOT}/input/{name}", "subPath": f"{base}/input/{name}"}
     for channel in mounted:
-        claim, path = _claim(channel.uri)
+        claim, path = split_uri(channel.uri)
         mount = {"name": _volume(claim), "mountPath": f"{DEFAULT_ROOT}/input/data/{channel.name}", "readOnly": True}
         yield {**mount, "subPath": path} if path else mount
     if job_file.secrets and not foreign:
@@ -759,7 +760,7 @@ def _volumes(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, 
             yield {"name": "secrets", "projected": {"defaultMode": 0o440, "sources": list(_sources(run_id, job_file))}}
     if job.shm:
         yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size_as_written(job.shm)}}
-    for claim in sorted({_claim(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
+    for claim in sorted({split_uri(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
         yield {"name": _volume(claim), "persistentVolumeClaim": {"claimName": claim}}
 
 
@@ -777,20 +778,12 @@ def _root(job_file: JobFile, run_id: str) -> tuple[str, str]:
     """(volume, path in it) of /opt/ml."""
     if job_file.movers["output"] != "in_place":
         return "work", "ml"
-    claim, path = _claim(job_file.output)
+    claim, path = split_uri(job_file.output)
     return _volume(claim), f"{path}/{run_id}".strip("/")
 
 
 def _places(job: Job) -> list[str]:
     return [job.output, *(channel.uri for channel in job.channels)]
-
-
-def _claim(uri: str) -> tuple[str, str]:
-    """(claim, path in it) of `pvc://claim/path`."""
-    claim, _, path = uri.removeprefix("pvc://").partition("/")
-    if not claim:
-        raise SpecError(f"{uri!r} names no claim; it looks like pvc://CLAIM/folder")
-    return claim, path.strip("/")
 
 
 def _volume(claim: str) -> str:

@@ -75,8 +75,8 @@ def probe(
 ) -> None:
     """Look at a cluster and write a target for it.
 
-    The cluster of target NAME. With --ssh, --context, --kubeconfig or --namespace the cluster that they say, without
-    them and without a target of this name the SLURM cluster of this machine; NAME is the new target's then.
+    The cluster of target NAME; or the one that --ssh, --context, --kubeconfig or --namespace name, or without any of
+    these the SLURM cluster of this machine, and then NAME is the new target's name.
     """
     from launcher.cli import kubernetes, slurm
 

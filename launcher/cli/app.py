@@ -48,6 +48,7 @@ SECTIONS = {
     },
     "Places": {
         "targets": ("places:targets", "List, show and set up the places to run jobs."),
+        "shm": ("shm:shm", "Give what is in a cluster already a /dev/shm that is large enough."),
         "login": ("clusters:login", "Open the connection to a cluster that asks for a password."),
         "backends": ("places:backends", "Show what each platform can do."),
         "templates": ("places:templates", "Show a platform's template, or copy it to change it."),
@@ -58,7 +59,7 @@ SECTIONS = {
 
 EXIT_CODES = {
     0: "done",
-    1: "the run did not succeed; `diff`: they differ; `rehearse`: broken rule",
+    1: "the run did not succeed; `diff`: they differ; `rehearse`: broken rule; `shm check`: too little",
     2: "wrong input: the message names file, line and key",
     4: "no identity, or one without the permission",
     5: "no room: quota, hardware or disk",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.run import Run
 
 __all__ = [
+    "ask",
     "complete_backends",
     "complete_runs",
     "complete_targets",
@@ -29,6 +31,7 @@ __all__ = [
     "run_argument",
     "runs_argument",
     "seconds",
+    "target_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,6 +108,14 @@ def find_run(text: str) -> Run:
     if newest is None:
         raise SpecError("there is no run yet; submit one with: cvlaunch submit job.yaml")
     return Run(ledger.get(newest.run_id), ledger)
+
+
+def ask(question: str) -> None:
+    """Goes on after a yes; click.Abort after a no. SpecError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise SpecError("this needs a yes; nobody can be asked here, so give --yes")
+    if not click.confirm(question, err=True):
+        raise click.Abort
 
 
 def place_options(command: F) -> F:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.options import (
+    ask,
     complete_backends,
     complete_targets,
     find_run,
@@ -216,7 +216,7 @@ def rm(*, run: tuple[str, ...], remote: bool, yes: bool, out: Out) -> None:
     for one in found:
         click.echo(_what_goes(one, remote), err=True)
     if not yes:
-        _ask(len(found))
+        ask(f"remove {'this run' if len(found) == 1 else f'these {len(found)} runs'}?")
     for one in found:
         one.remove(remote=remote)
         out.note(f"removed {one.id}")
@@ -228,11 +228,3 @@ def _what_goes(run: Run, remote: bool) -> str:
     sizes = [entry.size for entry in run.store().list()]
     handle = f", and what {run.handle} left" if run.handle else ""
     return f"{run.id}: {len(sizes)} files ({format_size(sum(sizes))}) in {run.output} go{handle}"
-
-
-def _ask(count: int) -> None:
-    if not sys.stdin.isatty():
-        raise SpecError("this needs a yes; nobody can be asked here, so give --yes")
-    what = "this run" if count == 1 else f"these {count} runs"
-    if not click.confirm(f"remove {what}?", err=True):
-        raise click.Abort

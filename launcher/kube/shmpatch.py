@@ -7,6 +7,7 @@ their dashboard adds it (opendatahub-io/kubeflow#111); older and handmade ones h
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ _DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 class Change:
     """What patching an object does. operations: a JSON patch (RFC 6902), empty if nothing is to be done.
 
-    done, left: sentences; what was done, and what was left as it is and why.
+    done, left: sentences; what was done, and what was left as it is and why. undone: it goes back.
     """
 
     what: str
@@ -65,6 +66,7 @@ class Change:
     operations: tuple[Json, ...] = ()
     done: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    undone: bool = False
 
 
 def plan_patch(
@@ -107,8 +109,8 @@ def plan_undo(obj: Json) -> Change:
     draft.drop(("metadata", "annotations", ANNOTATION))
     for step in drop_last:
         _take_back(draft, step)
-    draft.done.append(f"what cvlaunch had changed for {SHM} is as it was before")
-    return draft.change()
+    draft.done.append(f"what cvlaunch had changed for {SHM} becomes as it was before")
+    return dataclasses.replace(draft.change(), undone=True)
 
 
 def refuse_fixed(obj: Json) -> None:

@@ -20,6 +20,7 @@ from launcher.errors import SpecError
 __all__ = ["Batch", "Document", "Node", "Tree", "apply", "documents", "read_tree"]
 
 _MERGE = "tag:yaml.org,2002:merge"
+_ALIAS = "alias"
 _LIST = "tag:yaml.org,2002:seq"
 _KEYS = "tag:yaml.org,2002:map"
 _MOST_NODES = 200_000
@@ -129,11 +130,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Tree:
-    """root: None for an empty document. aliases: all that stand in it."""
+    """root: None for an empty document."""
 
     text: str
     root: Node | None
-    aliases: tuple[Node, ...] = ()
 
     def find(self, path: Sequence[str | int]) -> Node:
         """What an alias or a merge brings is found, too. LookupError."""
@@ -147,6 +147,15 @@ class Tree:
     def value(self, path: Sequence[str | int] = ()) -> Any:
         """As JSON knows it: dates and keys are texts, aliases are written out, merges are merged."""
         return _plain(self.find(path), [_MOST_NODES])
+
+    def uses(self, target: Node) -> Iterator[tuple[Node, Node]]:
+        """Aliases of a node, each with the node around it."""
+        stack = [self.root] if self.root else []
+        while stack:
+            node = stack.pop()
+            inner = [*node.items, *(part for pair in node.pairs for part in pair)]
+            yield from ((one, node) for one in inner if one.target is target)
+            stack += inner
 
 
 @dataclass(frozen=True)
@@ -245,14 +254,13 @@ class _Composer:
         self._text = text
         self._events = yaml.parse(text, Loader=yaml.SafeLoader)
         self._anchors: dict[str, Node] = {}
-        self._aliases: list[Node] = []
         self._resolver = yaml.SafeLoader("")
 
     def tree(self) -> Tree:
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 root = self._node(next(self._events))
-                return Tree(self._text, root, tuple(self._aliases))
+                return Tree(self._text, root)
         return Tree(self._text, None)
 
     def _node(self, event: yaml.Event) -> Node:
@@ -284,9 +292,7 @@ class _Composer:
         target = self._anchors.get(event.anchor)
         if target is None:
             raise SpecError(f"no anchor &{event.anchor} stands before its alias", line=event.start_mark.line + 1)
-        node = self._made(event, event, style="*", tag=target.tag, content="", target=target)
-        self._aliases.append(node)
-        return node
+        return self._made(event, event, style="*", tag=_ALIAS, content="", target=target)
 
     def _made(self, first: Any, last: Any, **what: Any) -> Node:
         start, end = first.start_mark, last.end_mark
@@ -377,17 +383,19 @@ class _Site:
         return self._aliases_of(node)
 
     def _aliases_of(self, node: Node) -> list[_Edit]:
-        return [self._written_out(alias, None) for alias in self.tree.aliases if alias.target is node]
+        return [self._written_out(alias, parent) for alias, parent in self.tree.uses(node)]
 
-    def _written_out(self, alias: Node, parent: Node | None) -> _Edit:
+    def _written_out(self, alias: Node, parent: Node) -> _Edit:
         value = _plain(alias, [_MOST_NODES])
-        if parent is not None and not parent.flow and value and isinstance(value, dict | list):
+        if not parent.flow and value and isinstance(value, dict | list):
             return self._replace_by_block(alias, parent, value)
         return _Edit(alias.start, alias.end, self._flow(value))
 
     def _flow(self, value: Any, style: str = "") -> str:
         """On one line; as JSON where the document is JSON."""
-        return _flow(value, style=style, json_like=bool(self.tree.root and self.tree.root.flow))
+        root = self.tree.root
+        json_like = bool(root and root.flow and root.content and root.first(0).style == '"')
+        return _flow(value, style=style, json_like=json_like)
 
     @property
     def _newline(self) -> str:
@@ -423,7 +431,9 @@ class _Site:
             return _Edit(start, old.end, self._lines(lines, old.column).strip())
         while self.tree.text[start - 1] == " ":
             start -= 1
-        return _Edit(start, old.end, self._newline + self._lines(lines, parent.column + 2).rstrip())
+        line_end = len(self.tree.text[: old.end] + self.tree.text[old.end :].partition("\n")[0].rstrip("\r"))
+        comment = self.tree.text[old.end : line_end]
+        return _Edit(start, line_end, comment + self._newline + self._lines(lines, parent.column + 2).rstrip())
 
     # lists
 

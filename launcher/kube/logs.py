@@ -182,17 +182,23 @@ class _Reading:
     def _of_pods(self, pieces: Sequence[_Piece], *, live: bool, stream: bool) -> Iterator[LogLine]:
         earlier = None
         for piece in pieces:
-            if not piece.begun:
-                continue
-            if not piece.attempt:
-                head = self._head(piece)
-                if live and piece.live and not head.enough:
-                    return
-                before, piece.attempt = self._before(piece, head, earlier)
-                yield from self._give(piece.node, self._beyond(piece.node, _numbered(before)))
-            if not piece.done:
-                yield from self._more(piece, stream=stream)
-            earlier = piece
+            if piece.begun and not piece.done:
+                try:
+                    if not (piece.attempt or (yield from self._begin(piece, earlier, live=live))):
+                        return
+                    yield from self._more(piece, stream=stream)
+                except UnreachableError:  # the pod's node; for the API itself the next look speaks
+                    piece.clean, piece.done = False, not piece.live
+            earlier = piece if piece.begun else earlier
+
+    def _begin(self, piece: _Piece, earlier: _Piece | None, *, live: bool) -> Generator[LogLine, None, bool]:
+        """What stands before it; False if the runner hasn't said yet which attempt it is."""
+        head = self._head(piece)
+        if live and piece.live and not head.enough:
+            return False
+        before, piece.attempt = self._before(piece, head, earlier)
+        yield from self._give(piece.node, self._beyond(piece.node, _numbered(before)))
+        return True
 
     def _head(self, piece: _Piece) -> _Head:
         if not piece.has_runner:
@@ -227,18 +233,15 @@ class _Reading:
             piece.last = piece.last or 1
             piece.close()
             return
-        try:
-            if place and piece.attempt == place[0] and place != piece.reached:
-                yield from self._given(piece, self._beyond(piece.node, self._window(piece, place[1])))
-                piece.reached = self._places[piece.node]
-            elif not stream:
-                yield from self._given(piece, self._new(piece))
-            if stream:
-                yield from self._given(piece, self._streamed(piece))
-            else:
-                piece.close()
-        except UnreachableError:  # the pod's node; for the API itself the next look speaks
-            piece.clean, piece.done = False, not piece.live
+        if place and piece.attempt == place[0] and place != piece.reached:
+            yield from self._given(piece, self._beyond(piece.node, self._window(piece, place[1])))
+            piece.reached = self._places[piece.node]
+        elif not stream:
+            yield from self._given(piece, self._new(piece))
+        if stream:
+            yield from self._given(piece, self._streamed(piece))
+        else:
+            piece.close()
 
     def _window(self, piece: _Piece, stamp: float) -> list[_Numbered]:
         """Lines from about this stamp on: all of them or none."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from launcher.errors import AuthError, CvlaunchError, UnsupportedError
 from launcher.kube.client import Cluster, Json
-from launcher.kube.gpus import WAYS, found_on, is_gpu, toleration_key
+from launcher.kube.gpus import WAYS, Found, found_on, is_gpu, toleration_key
 
 __all__ = [
     "ROLE",
@@ -324,25 +324,30 @@ def _sccs(cluster: Cluster) -> list[str]:
 
 
 def _nodes(nodes: Sequence[Json], look: _Look) -> Iterator[Node]:
-    with_gpus = [node for node in nodes if any(True for _ in _gpus(node["status"].get("allocatable") or {}))]
+    with_gpus = [node for node in nodes if dict(_gpus(_room(node)))]
     taken = _taken(look) if with_gpus else None
     for node in with_gpus:
-        name, status = str(node["metadata"]["name"]), node["status"]
-        found = found_on(node["metadata"].get("labels") or {})
-        for resource, count in _gpus(status["allocatable"]):
+        name, room = str(node["metadata"]["name"]), _room(node)
+        found = found_on(node["metadata"].get("labels") or {}) or Found("", "", None)
+        for resource, count in _gpus(room):
             yield Node(
                 name=name,
                 ready=_ready(node),
                 resource=resource,
-                way=found.way if found else "",
-                product=found.value if found else "",
-                model=(found.model or "") if found else "",
+                way=found.way,
+                product=found.value,
+                model=found.model or "",
                 count=count,
                 free=None if taken is None else max(count - taken[name, resource], 0),
-                cpus=str(status["allocatable"].get("cpu", "")),
-                memory=str(status["allocatable"].get("memory", "")),
+                cpus=str(room.get("cpu", "")),
+                memory=str(room.get("memory", "")),
                 taints=tuple(_taints(node, resource)),
             )
+
+
+def _room(node: Json) -> Json:
+    found: Json = (node.get("status") or {}).get("allocatable") or {}
+    return found
 
 
 def _gpus(amounts: Mapping[str, object]) -> Iterator[tuple[str, int]]:

@@ -68,6 +68,7 @@ class Server:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def handle_one(self) -> None:
                 server._answer(self)
@@ -212,7 +213,11 @@ CREATE_ERRORS: list[tuple[Answer, type[CvlaunchError], str | None, list[str]]] =
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "kind", "key", "words"), CREATE_ERRORS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("answer", "kind", "key", "words"),
+    CREATE_ERRORS,
+    ids=[f"{row[0].status} {row[3][0][:30]}" for row in CREATE_ERRORS],
+)
 def test_what_a_cluster_says_no_with(
     server: Server,
     reach: Callable[..., Cluster],

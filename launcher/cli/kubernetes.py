@@ -142,7 +142,7 @@ def _facts(found: Probe) -> Iterator[tuple[str, str]]:
     if found.exists:
         yield "pod security", found.level or "the namespace enforces no level of its own"
     yield "rights", "all that cvlaunch uses" if not found.missing else f"{len(found.missing)} are missing"
-    yield "security contexts", ", ".join(found.sccs)
+    yield "SCCs that you may use", ", ".join(found.sccs)
     yield "GPUs", _gpus(found)
     yield "hidden from you", ", ".join(found.hidden)
 

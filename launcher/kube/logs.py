@@ -25,8 +25,8 @@ from launcher.stores import Store
 
 __all__ = ["run_logs"]
 
-_SILENCE_S, _STREAM_S = 10.0, 60.0
-"""A stream that is silent, or so old, is asked for again: some fall silent for good when the log file is rotated."""
+_STREAM_S = 60.0
+"""A stream that is so old is asked for again, and the pods are looked at."""
 _SLACK_S = 5.0
 """How far stamps may stand out of order: threads of the runner, and kubelet's own stamp, which is a little later."""
 _PATIENCE_S = 60.0
@@ -50,13 +50,15 @@ def run_logs(
     since: str = "",
     sleep: Callable[[float], None] = time.sleep,
     every: float = 1.0,
+    silence_s: float = 10.0,
 ) -> Iterator[LogLine]:
     """All lines there are, node by node; with `ended`, on until it is true.
 
     store: the run's folder, asked for only where pods don't have it all; None where it is not known any more.
-    since: the cursor of a LogLine, to go on after it.
+    since: the cursor of a LogLine, to go on after it. silence_s: after which a stream is asked for again, since some
+    never go on when kubelet has begun a new file.
     """
-    reading = _Reading(cluster, run_id, store, since)
+    reading = _Reading(cluster, run_id, store, since=since, silence_s=silence_s)
     while True:
         over = ended is not None and ended()
         found = False
@@ -126,8 +128,10 @@ class _Piece:
 class _Reading:
     """What was read so far, by node and container."""
 
-    def __init__(self, cluster: Cluster, run_id: str, store: Callable[[], Store | None], since: str) -> None:
-        self._cluster, self._run_id, self._store = cluster, run_id, store
+    def __init__(
+        self, cluster: Cluster, run_id: str, store: Callable[[], Store | None], *, since: str, silence_s: float
+    ) -> None:
+        self._cluster, self._run_id, self._store, self._silence_s = cluster, run_id, store, silence_s
         self._hello = re.compile(rf"{re.escape(run_id)}, attempt (\d+)(?:, node \d+ of (\d+))?")
         self._places = _places(since)
         self._pieces: dict[tuple[str, int], _Piece] = {}
@@ -285,7 +289,7 @@ class _Reading:
         if piece.previous:
             query["previous"] = "true"
         asked = {"container": piece.container, "timestamps": "true", **query}
-        silence_s = _SILENCE_S if "follow" in query else _PATIENCE_S
+        silence_s = self._silence_s if "follow" in query else _PATIENCE_S
         lines = self._cluster.lines(path, silence_s=silence_s, **asked)
         with _closing(lines), _not_yet():
             for data in lines:

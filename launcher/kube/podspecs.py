@@ -6,7 +6,7 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -238,7 +238,7 @@ def parse_quantity(value: object) -> int | None:
         return None
     number, exponent, unit = match.groups()
     factor = Decimal(10) ** int(exponent) if exponent else _UNITS[unit or ""]
-    return int(-(-(Decimal(number) * factor) // 1))
+    return int((Decimal(number) * factor).to_integral_value(ROUND_CEILING))
 
 
 def memory_limit(container: Json) -> int | None:

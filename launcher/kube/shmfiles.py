@@ -51,46 +51,49 @@ def patch_text(
 def _patch_document(
     document: Document, plan: Callable[[Json], Change], chosen: Callable[[Json], bool], file: str
 ) -> Patched:
-    tree = read_tree(document.text)
-    changes: dict[Path, Change] = {}
-    for path in _objects(tree):
-        line = document.line + tree.find(path).line + 1
-        try:
-            obj = tree.value(path)
-            if kind_of(obj) and chosen(obj):
-                changes[path] = plan(obj)
-        except SpecError as error:
-            raise type(error)(error.message, key=error.key, file=file, line=line) from error
-    return Patched(_patched_text(tree, changes, document.line, file), tuple(changes.values()))
+    try:
+        tree = read_tree(document.text)
+        changes = {path: change for path in _objects(tree) for change in _planned(tree, path, plan, chosen)}
+        return Patched(_patched_text(tree, changes), tuple(changes.values()))
+    except SpecError as error:
+        line = document.line + (error.line or 1)
+        raise type(error)(error.message, key=error.key, file=file, line=line) from error
 
 
 def _objects(tree: Tree) -> Iterator[Path]:
-    """Where objects stand that may be of use: the document itself, or the items of a list."""
+    """Where objects stand that have a pod: the document itself, or items of a list."""
     if tree.root is None:
         return
-    kind = _word(tree, "kind")
-    if not kind.endswith("List"):
-        yield ()
-        return
-    items = tree.find(("items",)).items if tree.root.has("items") else ()
-    yield from (("items", i) for i in range(len(items)))
+    if tree.word(("kind",)).endswith("List") and tree.root.has("items"):
+        paths: list[Path] = [("items", i) for i in range(len(tree.find(("items",)).items))]
+    else:
+        paths = [()]
+    yield from (path for path in paths if kind_of(_type(tree, path)))
 
 
-def _word(tree: Tree, key: str) -> str:
-    """Of the document; empty if it is none."""
-    return tree.find((key,)).text if tree.root and tree.root.has(key) else ""
+def _type(tree: Tree, path: Path) -> Json:
+    return {key: tree.word((*path, key)) for key in ("apiVersion", "kind")}
 
 
-def _patched_text(tree: Tree, changes: dict[Path, Change], line: int, file: str) -> str:
-    batches = [Batch(path, tuple(_edits(change))) for path, change in changes.items()]
+def _planned(
+    tree: Tree, path: Path, plan: Callable[[Json], Change], chosen: Callable[[Json], bool]
+) -> Iterator[Change]:
+    """One, or none. A SpecError has the object's line in the document."""
     try:
-        text = apply(tree.text, batches)
-        after = read_tree(text)
-        if all(after.value(path) == change.after for path, change in changes.items()):
-            return text
+        obj = tree.value(path)
+        if chosen(obj):
+            yield plan(obj)
     except SpecError as error:
-        raise SpecError(error.message, file=file, line=line + 1) from error
-    raise SpecError("it can't be changed in its form: write it in the usual way", file=file, line=line + 1)
+        line = error.line or tree.find(path).line + 1
+        raise type(error)(error.message, key=error.key, line=line) from error
+
+
+def _patched_text(tree: Tree, changes: dict[Path, Change]) -> str:
+    text = apply(tree.text, [Batch(path, tuple(_edits(change))) for path, change in changes.items()])
+    after = read_tree(text)
+    if all(after.value(path) == change.after for path, change in changes.items()):
+        return text
+    raise SpecError("it can't be changed in its form: write it in the usual way")
 
 
 def _edits(change: Change) -> Iterator[Json]:

@@ -6,7 +6,6 @@ their dashboard adds it (opendatahub-io/kubeflow#111); older and handmade ones h
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,7 +207,7 @@ class _Draft:
         if kind is None:
             known = ", ".join(kind.name for kind in KINDS)
             raise SpecError(f"{obj.get('apiVersion')} {obj.get('kind')} can't be patched; what can: {known}")
-        return cls(kind, obj, copy.deepcopy(obj))
+        return cls(kind, obj, _copied(obj))
 
     @property
     def what(self) -> str:
@@ -234,11 +233,11 @@ class _Draft:
         """Sets a key."""
         parent = self.at(path[:-1])
         self._note("replace" if path[-1] in parent else "add", path, value)
-        parent[path[-1]] = copy.deepcopy(value)
+        parent[path[-1]] = _copied(value)
 
     def append(self, path: Path, value: Any) -> None:
         self._note("add", (*path, "-"), value)
-        self.at(path).append(copy.deepcopy(value))
+        self.at(path).append(_copied(value))
 
     def drop(self, path: Path) -> None:
         """Of a list or of keys."""
@@ -275,6 +274,13 @@ class _Draft:
             self.put(("metadata", "annotations"), {ANNOTATION: text})
         else:
             self.put(("metadata", "annotations", ANNOTATION), text)
+
+
+def _copied(value: Any) -> Any:
+    """All of it, also where the same list stands in two places."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _pointer(path: Path) -> str:

@@ -57,11 +57,9 @@ class Node:
         return self.target or self
 
     @property
-    def text(self) -> str:
-        """SpecError if it is no scalar."""
-        if isinstance(self.real.content, str):
-            return self.real.content
-        raise SpecError("a word was expected, not a list or keys", line=self.line + 1)
+    def text(self) -> str | None:
+        """Of a scalar; None for a list or keys."""
+        return self.real.content if isinstance(self.real.content, str) else None
 
     @property
     def items(self) -> tuple[Node, ...]:
@@ -75,8 +73,8 @@ class Node:
 
     @property
     def own(self) -> Mapping[str, int]:
-        """Key → its place in `pairs`. Of one that is given twice the last counts, as in Kubernetes."""
-        return {key.text: i for i, (key, _) in enumerate(self.pairs) if key.tag != _MERGE}
+        """Key → its place in `pairs`. Of one that is given twice the last counts; one that is no word is left out."""
+        return {key.text: i for i, (key, _) in enumerate(self.pairs) if key.text is not None and key.tag != _MERGE}
 
     @property
     def merged(self) -> Iterator[Node]:
@@ -147,6 +145,14 @@ class Tree:
     def value(self, path: Sequence[str | int] = ()) -> Any:
         """As JSON knows it: dates and keys are texts, aliases are written out, merges are merged."""
         return _plain(self.find(path), [_MOST_NODES])
+
+    def word(self, path: Sequence[str | int]) -> str:
+        """Empty where no scalar stands."""
+        try:
+            content = self.find(path).content
+        except LookupError:
+            content = ""
+        return content if isinstance(content, str) else ""
 
     def uses(self, target: Node) -> Iterator[tuple[Node, Node]]:
         """Aliases of a node, each with the node around it."""
@@ -329,20 +335,21 @@ def _plain(node: Node, left: list[int]) -> Any:
 
 
 def _scalar(node: Node) -> Any:
-    made = yaml.ScalarNode(node.tag, node.text)
+    text = node.text or ""
+    made = yaml.ScalarNode(node.tag, text)
     try:
         match node.tag.rpartition(":")[2]:
             case "null":
                 return None
             case "bool":
-                return yaml.SafeLoader.bool_values[node.text.lower()]
+                return yaml.SafeLoader.bool_values[text.lower()]
             case "int":
                 return yaml.SafeLoader("").construct_yaml_int(made)
             case "float":
                 return yaml.SafeLoader("").construct_yaml_float(made)
     except (LookupError, ValueError):
         pass
-    return node.text
+    return text
 
 
 # -- places in the text
@@ -496,7 +503,10 @@ class _Site:
         end, around = node.last_leaf.end, self.tree.find(path[:-2])
         if around.tag == _LIST:
             return _Edit(node.start, end, empty)
-        return _Edit(around.first(around.own[str(path[-2])]).end, end, f": {empty}")
+        start = around.first(around.own[str(path[-2])]).end
+        behind_key = self.tree.text[start + 1 : end].partition("\n")[0].rstrip()
+        comment = behind_key if behind_key.lstrip().startswith("#") else ""
+        return _Edit(start, end, f": {empty}{comment}")
 
     def _dash(self, parent: Node, at: int) -> int:
         """Where the dash of an item stands: on its line, or above it."""

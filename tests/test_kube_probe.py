@@ -22,6 +22,7 @@ from launcher.errors import AuthError
 from launcher.kube.access import Access
 from launcher.kube.client import Cluster
 from launcher.kube.probe import ROLE, Subject, as_target, policy, probe
+from tests.services.kube import KubeCluster
 
 Json = dict[str, Any]
 Call = Callable[..., tuple[int, str, str]]
@@ -169,6 +170,65 @@ def pod(on: str | None, gpus: int, first: int = 0) -> Json:
 
 A100 = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
 TAINT = ("nvidia.com/gpu", "present", "NoSchedule")
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        return code, *capfd.readouterr()
+
+    return called
+
+
+def words(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+# -- a whole cluster
+
+
+def test_a_cluster_with_everything(kube: KubeCluster, call: Call) -> None:
+    space = kube.namespace(pod_security="restricted", quota={"requests.nvidia.com/gpu": "2"}, openshift=True)
+    spec: Json = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    kube.create("PersistentVolumeClaim", space, {"metadata": {"name": "runs"}, "spec": spec})
+    kube.wait_for("PersistentVolumeClaim", space, "runs", lambda found: found["status"]["phase"] == "Bound")
+    queue = {"metadata": {"name": "team"}, "spec": {"clusterQueue": "all"}}
+    kube.create("LocalQueue", space, {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", **queue})
+    code, out, err = call("targets", "probe", "lab", "--context", "exec", "--namespace", space, "--json", "--write")
+    assert code == 0, err
+    found = json.loads(out)["cluster"]
+    assert (found["distribution"], found["level"], found["exists"], found["hidden"]) == (
+        "OpenShift",
+        "restricted",
+        True,
+        [],
+    )
+    gpus = {(n["name"], n["resource"], n["model"], n["count"], n["free"]) for n in found["nodes"]}
+    assert {("a100", "nvidia.com/gpu", "A100", 2, 2), ("mig", "nvidia.com/mig-1g.5gb", "A100", 7, 7)} <= gpus
+    assert [(q["resource"], q["hard"]) for q in found["quotas"]] == [("requests.nvidia.com/gpu", "2")]
+    assert [q["name"] for q in found["queues"]] == ["team"]
+    assert [(c["name"], c["phase"]) for c in found["claims"]] == [("runs", "Bound")]
+    shown = yaml.safe_load(call("targets", "show", "lab")[1])
+    assert (shown["backend"], shown["context"], shown["namespace"]) == ("openshift", "exec", space)
+    assert (shown["output"], shown["queue"]) == ("pvc://runs/runs", "team")
+
+
+def test_a_user_with_the_least_role(kube: KubeCluster, call: Call) -> None:
+    """Nothing of the cluster and nothing that is not in the Role: a probe is whole all the same."""
+    space = kube.namespace()
+    for resource in ("nodes", "priorityclasses", "storageclasses", "namespaces", "clusterqueues"):
+        kube.forbid("*", resource)
+    kube.forbid("list", "pods", namespace="")
+    kube.forbid("patch", "jobs", namespace=space)
+    code, out, err = call("targets", "probe", "lab", "--context", "test", "--namespace", space)
+    assert code == 0, err
+    lines = words(out)
+    assert "patch jobs runs: submit, status, cancel, rm yes" in lines
+    assert f"hidden from you nodes, namespace {space}, priorityclasses, storageclasses" in lines
 
 
 # -- GPUs
@@ -386,22 +446,6 @@ def test_the_page_has_this_role() -> None:
 
 
 # -- the command line
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def called(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        return code, *capfd.readouterr()
-
-    return called
-
-
-def words(text: str) -> list[str]:
-    return [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_probe_of_a_context_prints_tables_and_a_target_that_can_be_used(call: Call, tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ from tests.services.podman import configure, podman_works
 from tests.services.slurm import slurm_works
 
 pytest.register_assert_rewrite("launcher.testing.conformance")
-pytest_plugins = ["tests.s3_fixtures", "tests.image_fixtures", "tests.slurm_fixtures", "tests.ssh_fixtures"]
+pytest_plugins = [
+    "tests.s3_fixtures",
+    "tests.image_fixtures",
+    "tests.slurm_fixtures",
+    "tests.ssh_fixtures",
+    "tests.kube_fixtures",
+]
 
 _ALL = os.environ.get("CVLAUNCH_TEST_ALL") == "1"
 

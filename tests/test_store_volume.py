@@ -15,15 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.errors import AuthError, CapacityError, IntegrityError, SpecError, UnreachableError
 from launcher.kube import serve
-from launcher.kube.volume import FolderClient, VolumeStore, split_uri
+from launcher.kube.client import Access, Cluster
+from launcher.kube.helper import HELPER
+from launcher.kube.volume import FolderClient, VolumeStore, open_volume, split_uri
 from launcher.stores import open_store
 from launcher.sync import sync_run
+from tests.services.kube import KubeCluster
 from tests.volume_fixtures import FileServer, file_server, whole_machine  # noqa: F401
 
 
@@ -504,3 +509,210 @@ def test_any_python_3_can_run_it() -> None:
     text = Path(serve.__file__).read_text()
     ast.parse(text, feature_version=(3, 8))
     assert "$(" not in text  # which Kubernetes would fill in
+
+
+# -- the pod ----------------------------------------------------------------------------------------------------------
+
+in_pods = pytest.mark.needs("podman")
+PULLED = "registry.example.com/trainer:1"
+"""What the tests' pods are told to pull."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A namespace with a claim `data`."""
+
+    kube: KubeCluster
+    namespace: str
+
+    def claim(self, name: str, *modes: str, **spec: str) -> None:
+        request = {"resources": {"requests": {"storage": "1Gi"}}, "accessModes": list(modes) or ["ReadWriteMany"]}
+        body = {"metadata": {"name": name}, "spec": {**request, **spec}}
+        self.kube.create("PersistentVolumeClaim", self.namespace, body)
+
+    def pod(self, name: str, claim: str, **spec: object) -> str:
+        """One of a claim that is on a node, whose name is returned, and starts one day."""
+        volume = {"name": "data", "persistentVolumeClaim": {"claimName": claim}}
+        own = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        common = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        container = {"name": "train", "image": "registry.example.com/later:1", "securityContext": own}
+        pod = {"containers": [container], "volumes": [volume], "securityContext": common, **spec}
+        body = {"metadata": {"name": name}, "spec": pod}
+        self.kube.create("Pod", self.namespace, body)
+        bound = self.kube.wait_for("Pod", self.namespace, name, lambda found: found["spec"].get("nodeName"))
+        return str(bound["spec"]["nodeName"])
+
+    def pods(self) -> list[dict[str, Any]]:
+        return [pod for pod in self.kube.pods(self.namespace) if HELPER in pod["metadata"].get("labels", {})]
+
+    @property
+    def asked_for(self) -> int:
+        """Jobs, whether they were made or not."""
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs"
+        return sum((request.method, request.path) == ("POST", path) for request in self.kube.requests)
+
+    @contextlib.contextmanager
+    def store(self, claim: str = "data", path: str = "runs", **options: Any) -> Iterator[VolumeStore]:
+        known: dict[str, Any] = {"image": lambda: PULLED, "run_as_user": 12345, "fs_group": 12345, **options}
+        cluster = Cluster(Access(namespace=self.namespace))
+        store = open_volume(cluster, claim, path, **known)
+        with contextlib.closing(cluster), contextlib.closing(store.client):
+            yield store
+
+
+@pytest.fixture
+def claimed(kube: KubeCluster) -> Claimed:
+    claimed = Claimed(kube, kube.namespace(pod_security="restricted"))
+    claimed.claim("data")
+    return claimed
+
+
+@pytest.fixture
+def with_image(claimed: Claimed, trainer_image: str) -> Claimed:
+    claimed.kube.serve_image(PULLED, image=trainer_image)
+    return claimed
+
+
+@in_pods
+def test_a_pod_that_every_cluster_takes(with_image: Claimed, tmp_path: Path) -> None:
+    with with_image.store(pull_secrets=["pull"], tolerations=[{"key": "spot", "operator": "Exists"}]) as store:
+        store.write("a/b", CONTENT)
+        store.download("a/b", tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == CONTENT
+        folder = with_image.kube.volume_folder(with_image.namespace, "data")
+        assert list(store.list()) == list(open_store(str(folder / "runs")).list())
+        (pod,) = with_image.pods()
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+        assert {"key": "spot", "operator": "Exists"} in pod["spec"]["tolerations"]
+        assert (folder / "runs/a/b").stat().st_uid == 12345
+
+
+@in_pods
+def test_a_pod_that_openshift_takes(kube: KubeCluster, trainer_image: str) -> None:
+    kube.serve_image(PULLED, image=trainer_image)
+    claimed = Claimed(kube, kube.namespace(openshift=True, pod_security="restricted"))
+    claimed.claim("data")
+    with claimed.store(run_as_user=None, fs_group=None) as store:
+        store.check_writable()
+    body = kube.posted("Job", claimed.namespace, kube.objects("jobs", claimed.namespace)[0]["metadata"]["name"])
+    assert not {"runAsUser", "runAsGroup", "fsGroup"} & body["spec"]["template"]["spec"]["securityContext"].keys()
+
+
+SECOND = """
+import sys
+from launcher.kube.client import Access, Cluster
+from launcher.kube.volume import open_volume
+store = open_volume(Cluster(Access(namespace=sys.argv[1])), "data", "", image=lambda: sys.argv[2],
+                    run_as_user=12345, fs_group=12345)
+store.write("second", b"2")
+print(store.read("first") if store.head("first") else "")
+store.client.close()
+"""
+
+
+@in_pods
+def test_two_processes_share_a_pod(with_image: Claimed) -> None:
+    command = [sys.executable, "-c", SECOND, with_image.namespace, PULLED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as second, with_image.store(path="") as store:
+        store.write("first", b"1")
+        assert second.wait(60) == 0
+        assert store.read("second") == b"2"
+    assert len(with_image.pods()) == 1
+    asked = []
+    with with_image.store(image=lambda: asked.append(1) or PULLED) as store:  # type: ignore[func-returns-value]
+        assert store.head("first") is None
+    assert asked == []
+
+
+@in_pods
+def test_a_pod_that_ended_is_made_again(with_image: Claimed) -> None:
+    """By itself, as nobody asked for a while; and killed in the middle."""
+    with with_image.store(idle_s=0.3) as store:
+        store.write("a", b"1")
+        (first,) = with_image.pods()
+        with_image.kube.wait_for(
+            "Pod", with_image.namespace, first["metadata"]["name"], lambda pod: pod["status"]["phase"] == "Succeeded"
+        )
+        assert store.read("a") == b"1"
+    with with_image.store() as store:
+        assert store.read("a") == b"1"
+        running = [pod for pod in with_image.pods() if pod["status"]["phase"] == "Running"]
+        with_image.kube.delete_pod(with_image.namespace, running[0]["metadata"]["name"], grace_s=0)
+        store.write("a", b"2")
+        assert store.read("a") == b"2"
+    assert with_image.asked_for == 3
+
+
+@in_pods
+def test_it_goes_where_the_claim_is_in_use(with_image: Claimed) -> None:
+    taint = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
+    with_image.kube.add_node("far", taints=[taint])
+    with_image.claim("alone", "ReadWriteOnce")
+    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    where = {"nodeSelector": {"kubernetes.io/hostname": "far"}, "tolerations": tolerations}
+    assert with_image.pod("train", "alone", **where) == "far"
+    with with_image.store("alone") as store:
+        store.write("a", b"1")
+    (pod,) = with_image.pods()
+    assert pod["spec"]["nodeName"] == "far"
+    assert pod["spec"]["containers"][0]["command"][-1] == "30.0"
+
+
+@in_pods
+def test_an_image_without_python(claimed: Claimed, base_image: str) -> None:
+    image, words = "registry.example.com/debian:1", r"did not start: .*python3.*: take an image with Python 3.8"
+    claimed.kube.serve_image(image, image=base_image)
+    with claimed.store(image=lambda: image) as store, pytest.raises(SpecError, match=words):
+        store.read("a")
+    assert claimed.asked_for == 1
+
+
+def test_a_claim_that_only_one_pod_may_use(claimed: Claimed) -> None:
+    claimed.claim("one", "ReadWriteOncePod")
+    claimed.pod("train", "one")
+    with (
+        claimed.store("one") as store,
+        pytest.raises(CapacityError, match="ReadWriteOncePod and pod train uses it: wait"),
+    ):
+        store.read("a")
+    assert claimed.asked_for == 0
+
+
+def test_a_claim_that_is_not_there(claimed: Claimed) -> None:
+    words = r"there is no claim 'dta'; did you mean 'data'\?; there are data"
+    with claimed.store("dta") as store, pytest.raises(SpecError, match=words):
+        store.write("a", b"1")
+    assert claimed.asked_for == 0
+
+
+def test_what_keeps_it_from_starting(kube: KubeCluster, claimed: Claimed) -> None:
+    full = Claimed(kube, kube.namespace(quota={"requests.cpu": "0"}))
+    full.claim("data")
+    denied = Claimed(kube, kube.namespace(pod_security="restricted"))
+    denied.claim("data")
+    claimed.claim("unbound", storageClassName="manual")
+    claimed.claim("no-class", storageClassName="nothing")
+    cases: list[tuple[Claimed, str, type[Exception], str]] = [
+        (full, "data", CapacityError, "did not start: .*exceeded quota.*: wait, or ask for more quota"),
+        (claimed, "data", SpecError, r"within \ds: its image can't be pulled: .*correct the image"),
+        (claimed, "unbound", CapacityError, "unbound .*waiting for a volume to be created.*: choose another claim"),
+        (claimed, "no-class", CapacityError, 'storageclass.storage.k8s.io "nothing" not found'),
+    ]
+    for place, claim, kind, words in cases:
+        with place.store(claim, wait_s=0.6) as store, pytest.raises(kind, match=words) as caught:
+            store.read("a")
+        assert type(caught.value) is kind
+        assert f"claim {claim}" in str(caught.value)
+        assert kube.objects("jobs", place.namespace) == []
+    kube.deny("no images from there")
+    with denied.store() as store, pytest.raises(SpecError, match=r"no images from there.*administrators"):
+        store.read("a")
+
+
+def test_what_the_user_may_not(claimed: Claimed) -> None:
+    for verb, resource in (("create", "jobs"), ("get", "persistentvolumeclaims"), ("list", "pods")):
+        claimed.kube.forbid(verb, resource)
+        with claimed.store(wait_s=1) as store, pytest.raises(AuthError, match=resource):
+            store.read("a")
+        claimed.kube.allow()

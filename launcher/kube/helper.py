@@ -54,6 +54,7 @@ _WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
     ("runAsNonRoot", SpecError, "set `run_as_user` of the target, or take an image that names a user"),
     ("forbidden|denied the request", SpecError,
      "correct `run_as_user` of the target, or ask the cluster's administrators"),
+    ("python3", SpecError, "take an image with Python 3.8 or newer"),
     ("image", SpecError, "correct the image, or the pull secrets of the target"),
     ("(?i)persistentvolumeclaim", CapacityError, "choose another claim, or another storage class"),
     ("no node takes it", CapacityError, "wait, or correct the `tolerations` of the target"),
@@ -286,26 +287,25 @@ class Helper:
         return f"{self._cluster.where}: claim {self._spec.claim}"
 
     def _refused(self, job: Json) -> str:
-        return self._said(job["metadata"], "FailedCreate")
+        return self._said(job, "Warning", reason="FailedCreate")
 
-    def _said(self, about: Json, reason: str = "") -> str:
-        """The last warning about an object, of this reason; empty if there is none, or none for us to read."""
-        fields = f"involvedObject.name={about['name']}" + (f",reason={reason}" if reason else "")
+    def _said(self, about: Json, *kinds: str, reason: str = "") -> str:
+        """The last event of an object; empty if there is none, or none for us to read. kinds: Normal, Warning."""
+        name, uid = about["metadata"]["name"], about["metadata"]["uid"]
+        fields = f"involvedObject.name={name}" + (f",reason={reason}" if reason else "")
         try:
             found = list(self._cluster.list(self._cluster.path("events"), fields=fields))
         except AuthError:
             return ""
-        warnings = [
-            one for one in found if one["involvedObject"].get("uid") == about["uid"] and one["type"] == "Warning"
-        ]
-        return str(max(warnings, key=_when).get("message", "")) if warnings else ""
+        mine = [one for one in found if one["involvedObject"].get("uid") == uid and one.get("type") in kinds]
+        return str(max(mine, key=_when).get("message", "")) if mine else ""
 
     def _failure(self, status: Status, pods: Sequence[Json]) -> CvlaunchError:
         """What is said of it; the pod, which would wait on, is removed."""
         lead = status.reason or status.native
-        more = [self._said(pod["metadata"]) for pod in pods]
+        more = [self._said(pod, "Warning") for pod in pods]
         if re.search("(?i)persistentvolumeclaim", lead):
-            more.append(self._said(self._claim()["metadata"]))
+            more.append(self._said(self._claim(), "Normal", "Warning"))
         words = ": ".join([lead, *dict.fromkeys(text for text in more if text and text not in lead)]).rstrip(".")
         kind, advice = next((kind, advice) for found, kind, advice in _WAYS_OUT if re.search(found, words))
         if not _is_final(status):

@@ -13,6 +13,7 @@ from launcher.testing import World
 from launcher.testing.conformance import *  # noqa: F403 the suite is its functions
 from tests.services.charliecloud import mount_image
 from tests.worlds.container import ContainerWorld
+from tests.worlds.kubernetes import kubernetes_world
 from tests.worlds.local import LocalWorld
 from tests.worlds.slurm import SlurmWorld
 
@@ -37,9 +38,15 @@ def _slurm_in_container(request: pytest.FixtureRequest) -> Callable[[Path], Worl
     return make
 
 
+def _kubernetes(backend: str) -> MakeWorld:
+    return lambda request: kubernetes_world(request, backend)
+
+
 WORLDS: dict[str, MakeWorld] = {
     "container": lambda request: functools.partial(ContainerWorld, image=request.getfixturevalue("trainer_image")),
+    "kubernetes": _kubernetes("kubernetes"),
     "local": lambda request: LocalWorld,
+    "openshift": _kubernetes("openshift"),
     "slurm": _slurm(),
     "slurm in a container": _slurm_in_container,
     "slurm over ssh": _slurm(ssh="slurm_login"),
@@ -48,6 +55,8 @@ WORLDS: dict[str, MakeWorld] = {
 """The first word is the backend's name."""
 NEEDS = {
     "container": ["podman", "debootstrap"],
+    "kubernetes": ["podman", "debootstrap"],
+    "openshift": ["podman", "debootstrap"],
     "slurm": ["slurm"],
     "slurm in a container": ["slurm", "charliecloud", "podman", "debootstrap"],
     "slurm over ssh": ["slurm", "sshd"],

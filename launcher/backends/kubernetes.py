@@ -44,6 +44,7 @@ from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchErr
 from launcher.kube import words
 from launcher.kube.client import Access, Cluster, Json
 from launcher.kube.gpus import WAYS, is_gpu, node_requirement, toleration_key
+from launcher.kube.logs import run_logs
 from launcher.kube.volume import open_volume, split_uri
 from launcher.kube.words import CONTAINER, Seen
 from launcher.plan import dump_yaml
@@ -501,8 +502,6 @@ class KubernetesBackend:
 
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """From its pods; from the output store what they have no more."""
-        from launcher.kube.logs import run_logs
-
         run_id = handle.native
 
         def ended() -> bool:

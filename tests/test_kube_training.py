@@ -1,0 +1,137 @@
+"""Real trainings in pods: one node with its data in S3, on a claim, evicted in mid-epoch, two nodes; what is trained is
+what is trained at home."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher import Metrics, Run, State, render, submit
+from launcher.ledger import Ledger
+from launcher.submission import push_channels
+from launcher.testing.conformance import text_of
+from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
+
+pytestmark = pytest.mark.needs("podman", "debootstrap")
+
+DIGITS = Path(__file__).parents[1] / "examples/digits"
+LONGER = {"train.batch": "2"}
+"""Epochs of several seconds, so that an eviction comes in the middle of one."""
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with its data, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("digits")
+    for name in ("make_data.py", "tiny.yaml"):
+        (folder / name).write_bytes((DIGITS / name).read_bytes())
+    subprocess.run([sys.executable, str(folder / "make_data.py")], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def at_home(digits: Path) -> Callable[..., Run]:
+    """The same training on this machine, not interrupted; once for each change of it."""
+
+    @functools.cache
+    def trained(changes: tuple[tuple[str, str], ...]) -> Run:
+        where = {"backend": "local", "output": str(digits / "output"), "root": str(digits / "root")}
+        write_target(digits, where)
+        settings = [f"{key}={value}" for key, value in changes]
+        run = submit(digits / "tiny.yaml", target="there", settings=settings, ledger=Ledger(digits / "ledger"))
+        assert run.wait(timeout=300).state is State.SUCCEEDED
+        return run
+
+    return lambda **changes: trained(tuple(changes.items()))
+
+
+@pytest.fixture(scope="session", params=["kubernetes", "openshift"])  # an image is built before a test has its home
+def make_world(request: pytest.FixtureRequest) -> Callable[[Path], KubernetesWorld]:
+    return kubernetes_world(request, request.param)
+
+
+@pytest.fixture
+def world(
+    make_world: Callable[[Path], KubernetesWorld], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> KubernetesWorld:
+    """Results and data in S3 on a plain cluster, on a claim on OpenShift."""
+    made = make_world(tmp_path / "world")
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    return made
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger")
+
+
+def write_target(folder: Path, target: Mapping[str, Any]) -> None:
+    (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"there": {**target}}}))
+
+
+def train(digits: Path, world: KubernetesWorld, ledger: Ledger, changes: Mapping[str, str] = {}) -> Run:
+    write_target(digits, world.target)
+    settings = [*world.settings, *(f"{key}={value}" for key, value in changes.items())]
+    to = f"{world.target['output']}/_data"
+    pushed = push_channels(digits / "tiny.yaml", backend=None, target="there", settings=settings, to=to)
+    return submit(digits / "tiny.yaml", target="there", settings=[*settings, *pushed], ledger=ledger)
+
+
+def series(metrics: Metrics) -> Series:
+    """All that does not depend on the clock."""
+    return {name: metrics.series(name) for name in metrics.names if not name.endswith("per_second")}
+
+
+def in_training(run: Run) -> None:
+    """Returns in the first epoch, or a later one."""
+    deadline = time.monotonic() + 120
+    while not run.metrics().points:
+        assert not run.status().state.terminal and time.monotonic() < deadline, text_of(run)
+        run.store().write("control/watch", str(time.time()).encode())  # as `cvlaunch watch` says
+        time.sleep(0.1)
+
+
+def test_a_training_is_the_one_at_home_and_the_container_backend_s(
+    digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
+) -> None:
+    run = train(digits, world, ledger)
+    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert series(run.metrics()) == series(at_home().metrics())
+    there = render(digits / "tiny.yaml", backend="container", settings=list(world.settings))
+    assert run.record.plan["job_digest"] == there.job_digest
+    assert run.record.plan["job_digest"] != at_home().record.plan["job_digest"], "it has an image"
+
+
+def test_an_evicted_training_ends_with_the_same_numbers(
+    digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
+) -> None:
+    run = train(digits, world, ledger, LONGER)
+    in_training(run)
+    assert run.handle is not None
+    world.preempt(run.handle)
+    status = run.wait(timeout=300)
+    assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
+    lines = [line for line in text_of(run).splitlines() if line.startswith("resuming from step")]
+    assert len(lines) == 1 and "step 0 in it" not in lines[0], text_of(run)
+    assert series(run.metrics()) == series(at_home(**LONGER).metrics())
+
+
+def test_two_nodes_train_as_two_processes_at_home(
+    digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
+) -> None:
+    run = train(digits, world, ledger, {"resources.nodes": "2"})
+    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert series(run.metrics()) == series(at_home(**{"resources.processes": "2"}).metrics())
+    assert {line.node for line in run.logs()} == {0, 1}
+    assert run.store().head("nodes/1/output/metrics.jsonl") is None, "one node writes them"

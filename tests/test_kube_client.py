@@ -28,7 +28,7 @@ from launcher.errors import (
     UnreachableError,
     UnsupportedError,
 )
-from launcher.kube.client import Access, Cluster, Json
+from launcher.kube.client import Access, Cluster, CutError, Json
 
 TOKEN = "sekret-token"
 
@@ -439,7 +439,7 @@ def test_a_stream_that_is_cut_ends_in_an_error_after_its_whole_lines(
     cluster = reach()
     lines = cluster.lines(cluster.path("pods", "p", "log"))
     assert next(lines) == b"one"
-    with pytest.raises(UnreachableError):
+    with pytest.raises(CutError):
         next(lines)
 
 
@@ -449,7 +449,7 @@ def test_a_stream_that_falls_silent(server: Server, reach: Callable[..., Cluster
     cluster = reach()
     lines = cluster.lines(cluster.path("pods", "p", "log"), silence_s=0.1)
     assert next(lines) == b"one"
-    with pytest.raises(UnreachableError):
+    with pytest.raises(CutError):
         next(lines)
     over.set()
 

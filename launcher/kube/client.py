@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import urllib3
     import websocket
 
-__all__ = ["Access", "Cluster", "Json"]
+__all__ = ["Access", "Cluster", "CutError", "Json"]
 
 Json = dict[str, Any]
 """An object of the API as it stands on the wire."""
@@ -167,14 +167,14 @@ class Cluster:
     def lines(self, path: str, *, silence_s: float = _READ_S, **query: str) -> Iterator[bytes]:
         """A streamed answer by lines, without their ends; nothing where there is no such object.
 
-        UnreachableError when the stream breaks or is silent for so long; a piece of a line is then dropped.
+        CutError when the stream breaks or is silent for so long; a piece of a line is then dropped.
         """
         request = _Request("GET", path, query=query, stream=True, read_s=silence_s)
         answer = self._send(request)
         with contextlib.closing(answer), self._transport():
             refusal = _refusal(answer, request) if answer.status >= 300 else None
             if refusal is None:
-                yield from _split_lines(answer.stream(None))
+                yield from self._uncut_lines(answer)
             elif not refusal.missing:
                 raise self._refused(refusal)
 
@@ -289,6 +289,13 @@ class Cluster:
     def _refused(self, refusal: Refusal) -> CvlaunchError:
         return refusal_error(refusal, self._reach()[0], self.namespace)
 
+    def _uncut_lines(self, answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        try:
+            with self._transport():
+                yield from _split_lines(answer.stream(None))
+        except UnreachableError as error:
+            raise CutError(str(error)) from error
+
     # -- the way there ------------------------------------------------------------------------------------------------
 
     def _reach(self) -> tuple[Loaded, urllib3.PoolManager]:
@@ -327,6 +334,10 @@ class Cluster:
             raise transport_error(error, loaded) from error
         channel.settimeout(None)
         return channel
+
+
+class CutError(UnreachableError):
+    """A stream that stopped before its end, or fell silent."""
 
 
 @dataclass(frozen=True)

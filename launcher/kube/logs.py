@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from launcher.backends.base import LogLine
 from launcher.errors import SpecError, UnreachableError
 from launcher.kube import words
-from launcher.kube.client import Cluster
+from launcher.kube.client import Cluster, CutError
 from launcher.logfiles import follow_logs, parse_line
 from launcher.stores import Store
 
@@ -33,12 +33,16 @@ _PATIENCE_S = 60.0
 _HEAD, _HEAD_BYTES = 200, "65536"
 """Within so many lines the runner says which attempt it is."""
 _COUNTED = 1000
+_CUTS = 3
+"""So many in a row, with nothing in between, are borne."""
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 _NOT_YET = r"waiting to start|ContainerCreating|PodInitializing|not found|is not available|previous terminated"
 
 _Place = tuple[int, float, int]
 """Attempt, stamp in Unix seconds, and which of the lines with this stamp, 1 the first."""
 _Numbered = tuple[LogLine, int]
+_How = ParamSpec("_How")
+_What = TypeVar("_What")
 
 
 def run_logs(
@@ -197,7 +201,7 @@ class _Reading:
 
     def _begin(self, piece: _Piece, earlier: _Piece | None, *, live: bool) -> Generator[LogLine, None, bool]:
         """What stands before it; False if the runner hasn't said yet which attempt it is."""
-        head = self._head(piece)
+        head = _uncut(self._head, piece)
         if live and piece.live and not head.enough:
             return False
         before, piece.attempt = self._before(piece, head, earlier)
@@ -238,12 +242,13 @@ class _Reading:
             piece.close()
             return
         if place and piece.attempt == place[0] and place != piece.reached:
-            yield from self._given(piece, self._beyond(piece.node, self._window(piece, place[1])))
+            yield from self._given(piece, self._beyond(piece.node, _uncut(self._window, piece, place[1])))
             piece.reached = self._places[piece.node]
         elif not stream:
-            yield from self._given(piece, self._new(piece))
+            yield from self._given(piece, self._all_new(piece))
         if stream:
-            yield from self._given(piece, self._streamed(piece))
+            with contextlib.suppress(CutError):  # the next look asks again
+                yield from self._given(piece, self._streamed(piece))
         else:
             piece.close()
 
@@ -255,6 +260,18 @@ class _Reading:
         except BaseException:
             piece.forget()
             raise
+
+    def _all_new(self, piece: _Piece) -> Iterator[_Numbered]:
+        """To the end, in spite of cuts."""
+        cuts, at = 0, (piece.last, piece.same)
+        while True:
+            try:
+                return (yield from self._new(piece))
+            except CutError:
+                before, at = at, (piece.last, piece.same)
+                cuts = cuts + 1 if at == before else 0
+                if cuts > _CUTS:
+                    raise
 
     def _streamed(self, piece: _Piece) -> Iterator[_Numbered]:
         until = time.monotonic() + _STREAM_S
@@ -358,6 +375,14 @@ def _closing(lines: Iterator[object]) -> Iterator[None]:
     finally:
         if isinstance(lines, Generator):
             lines.close()
+
+
+def _uncut(read: Callable[_How, _What], *how: _How.args, **keys: _How.kwargs) -> _What:
+    """What it gives once no connection breaks off."""
+    for _ in range(_CUTS):
+        with contextlib.suppress(CutError):
+            return read(*how, **keys)
+    return read(*how, **keys)
 
 
 def _age(pod: Mapping[str, Any]) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from launcher.errors import SpecError
 from launcher.kube.client import Access, Cluster
 from launcher.kube.logs import run_logs
 from launcher.stores import Store, open_store
+from tests.services.kube import KubeCluster
 
 RUN = "digits-1"
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
@@ -122,7 +123,7 @@ class Api:
     def _log(self, to: BaseHTTPRequestHandler, pod: Pod, query: Mapping[str, str]) -> None:
         lines = (pod.earlier or []) if query.get("previous") else pod.lines
         follow = query.get("follow") == "true"
-        cut = pod.cuts.pop(0) if follow and pod.cuts else None
+        cut = pod.cuts.pop(0) if pod.cuts else None
         since = datetime.fromisoformat(query["sinceTime"]).timestamp() if "sinceTime" in query else 0.0
         to.send_response(200)
         to.send_header("Transfer-Encoding", "chunked")
@@ -480,6 +481,17 @@ def test_following_a_pod_that_vanishes(api: Api, read: Read, folder: Folder) -> 
     assert folder.asked == 1
 
 
+def test_reading_through_cuts(api: Api, read: Read) -> None:
+    pod = Pod().say(*ONE)
+    api.pods = [pod]
+    whole = read()
+    for cuts in ([0, 0], [2, 2, 2, 4], [1, 0, 0, 2]):
+        pod.cuts = list(cuts)
+        assert read() == whole
+        pod.cuts = list(cuts)
+        assert read(since=whole[4].cursor) == whole[5:]
+
+
 def test_following_several_nodes(api: Api, read: Read) -> None:
     pods = [Pod(f"p{node}", node=node, state="running").say(hello(1, 0, f", node {node} of 2")) for node in (0, 1)]
     api.pods = pods
@@ -527,3 +539,48 @@ def test_lines_of_a_stream_equal_those_of_a_reading(api: Api, read: Read) -> Non
     threading.Timer(0.1, end).start()
     streamed = followed(read, lambda: None)
     assert streamed == read()
+
+
+# -- real pods ------------------------------------------------------------------------------------------------------
+
+RUNNER = f"""
+import datetime, pathlib, sys, time
+count = pathlib.Path("/opt/ml/count")
+attempt = len(count.read_text()) + 1 if count.exists() else 1
+count.write_text("x" * attempt)
+def say(tag, text):
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")[:23]
+    print(now + "Z [" + tag + "] " + text, flush=True)
+say("-", "{RUN}, attempt " + str(attempt) + "; root /opt/ml")
+for number in range(40):
+    say("0", "line " + str(attempt) + "." + str(number))
+    time.sleep(0.01 if number % 4 == 0 else 0)
+sys.exit(attempt == 1)
+"""
+
+
+@pytest.mark.needs("podman", "debootstrap")
+def test_in_a_pod_that_is_started_again(kube: KubeCluster, trainer_image: str, folder: Folder) -> None:
+    kube.serve_image("registry.example.com/trainer:1", image=trainer_image)
+    namespace = kube.namespace()
+    container = {
+        "name": "train",
+        "image": "registry.example.com/trainer:1",
+        "command": ["python3", "-c", RUNNER],
+        "volumeMounts": [{"name": "ml", "mountPath": "/opt/ml"}],
+    }
+    spec = {"containers": [container], "volumes": [{"name": "ml", "emptyDir": {}}], "restartPolicy": "OnFailure"}
+    kube.create("Pod", namespace, {"metadata": {"name": "p", "labels": {"cvlaunch/run-id": RUN}}, "spec": spec})
+    kube.cut_logs(after=7, times=5)
+    cluster = Cluster(Access(namespace=namespace))
+
+    def over() -> bool:
+        found = kube.get("Pod", namespace, "p")
+        return found is not None and found["status"].get("phase") == "Succeeded"
+
+    followed = list(run_logs(cluster, RUN, folder, ended=over, every=0.02))
+    assert [line.text for line in followed if line.rank == "0"] == [f"line {a}.{n}" for a in (1, 2) for n in range(40)]
+    assert list(run_logs(cluster, RUN, folder)) == followed
+    assert list(run_logs(cluster, RUN, folder, since=followed[30].cursor)) == followed[31:]
+    assert folder.asked == 0
+    cluster.close()

@@ -194,7 +194,7 @@ class _Reading:
                 try:
                     if not (piece.attempt or (yield from self._begin(piece, earlier, live=live))):
                         return
-                    yield from self._more(piece, stream=stream)
+                    yield from self._more(piece, stream=stream and piece.live)
                 except UnreachableError:  # the pod's node; for the API itself the next look speaks
                     piece.clean, piece.done = False, not piece.live
             earlier = piece if piece.begun else earlier

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
+import os
+import pty
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,9 @@ from launcher.kube.podspecs import kind_named, kind_of, parse_quantity, shm_moun
 from launcher.kube.shmcheck import check_pod
 from launcher.kube.shmfiles import patch_text
 from launcher.kube.shmpatch import ANNOTATION, effect, plan_patch, plan_undo, refuse_fixed
+from tests.cli_tool import COMMAND
 from tests.conftest import Golden
+from tests.services.kube import KubeCluster
 
 MANIFESTS = sorted((Path(__file__).parent / "manifests").iterdir(), key=lambda path: path.name)
 GI = 2**30
@@ -370,7 +376,8 @@ kinds = st.sampled_from(["Notebook", "Deployment", "StatefulSet", "Job", "CronJo
 
 
 @st.composite
-def objects(draw: st.DrawFn) -> Json:
+def shared_objects(draw: st.DrawFn) -> Json:
+    """With the same mapping in several places: in YAML these are anchors and aliases."""
     kind = kind_named(draw(kinds))
     containers = [
         {"name": name, "image": "i", **_unless_absent("volumeMounts", draw(mount_lists))}
@@ -384,8 +391,11 @@ def objects(draw: st.DrawFn) -> Json:
     return {"apiVersion": group, "kind": kind.name, "metadata": metadata, **spec}
 
 
+objects = shared_objects().map(lambda obj: json.loads(json.dumps(obj)))
+
+
 def _unless_absent(key: str, value: Any) -> Json:
-    return {} if value == "absent" else {key: copy.deepcopy(value)}
+    return {} if value == "absent" else {key: value}
 
 
 options = st.fixed_dictionaries(
@@ -398,7 +408,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@given(objects(), options)
+@given(objects, options)
 @settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
 def test_twice_is_once_and_undo_gives_the_same_object(obj: Json, how: Json) -> None:
     original = copy.deepcopy(obj)
@@ -406,6 +416,7 @@ def test_twice_is_once_and_undo_gives_the_same_object(obj: Json, how: Json) -> N
     assert obj == original
     assert jsonpatch.apply_patch(obj, list(change.operations)) == change.after
     assert (plan_patch(change.after, **how).operations, bool(change.operations)) == ((), change.after != obj)
+    assert in_order(obj, change.after)
     undo = plan_undo(change.after)
     assert undo.after == obj
     assert jsonpatch.apply_patch(change.after, list(undo.operations)) == obj
@@ -414,11 +425,19 @@ def test_twice_is_once_and_undo_gives_the_same_object(obj: Json, how: Json) -> N
         assert worked_on
 
 
-@given(objects(), options, options)
+@given(objects, options, options)
 @settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
 def test_one_undo_takes_back_several_patches(obj: Json, first: Json, second: Json) -> None:
     once = _planned(obj, first).after
     assert plan_undo(_planned(once, second).after).after == obj
+
+
+def in_order(before: Any, after: Any) -> bool:
+    """Keys and items that stay keep their order."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        kept = [key for key in before if key in after]
+        return kept == [key for key in after if key in before] and all(in_order(before[k], after[k]) for k in kept)
+    return not isinstance(before, list) or all(in_order(*pair) for pair in zip(before, after or [], strict=False))
 
 
 def _planned(obj: Json, how: Json) -> Any:
@@ -526,10 +545,10 @@ styles = st.fixed_dictionaries(
 )
 
 
-@given(objects(), options, styles, st.randoms(use_true_random=False))
+@given(shared_objects(), options, styles, st.randoms(use_true_random=False))
 @settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
 def test_files_of_any_style_keep_comments_and_order(obj: Json, how: Json, style: Json, random: Any) -> None:
-    change = _planned(obj, how)
+    change = _planned(json.loads(json.dumps(obj)), how)
     block = style["default_flow_style"] is False
     lines = yaml.safe_dump(obj, sort_keys=False, width=10**6, **style).splitlines()
     lines = [f"{line}  # {i}" for i, line in enumerate(lines)] if block else lines
@@ -538,8 +557,7 @@ def test_files_of_any_style_keep_comments_and_order(obj: Json, how: Json, style:
     text = random.choice(["\n", "\r\n"]).join([*lines, random.choice(["", "# end"])])
     after = patch_text(text, lambda obj: plan_patch(obj, **how)).text
     assert yaml.safe_load(after) == change.after
-    kept = [line for line in difflib.ndiff(text.splitlines(), after.splitlines()) if line.startswith("- ")]
-    assert len(kept) <= len(change.operations) * 2 + 2
+    assert in_order(change.after, yaml.safe_load(after))
     found = comments(after)
     gone = [comment for comment in comments(text) if comment not in found]
     assert len(gone) <= sum(operation["op"] == "remove" for operation in change.operations)
@@ -717,3 +735,201 @@ def test_a_file_without_pods_passes_with_a_warning(call: Call, tmp_path: Path) -
         "kind: Service\n",
         "warning: in.yaml has nothing with a pod that can be patched; it comes out as it is\n",
     )
+
+
+# -- a cluster
+
+
+def made(kube: KubeCluster, obj: Json) -> tuple[str, Json]:
+    """Namespace and object, as the API server has it."""
+    namespace = kube.namespace()
+    obj = {**obj, "metadata": {key: value for key, value in obj["metadata"].items() if key != "resourceVersion"}}
+    return namespace, kube.create(obj["kind"], namespace, obj)
+
+
+def serving(kind: str) -> Json:
+    selector = {"matchLabels": {"app": "x"}}
+    obj = of_kind(kind, pod(image="registry.example.com/x:1"))
+    obj["spec"] |= {"selector": selector, "replicas": 0, **({"serviceName": "x"} if kind == "StatefulSet" else {})}
+    obj["spec"]["template"]["metadata"] = {"labels": {"app": "x"}}
+    return obj
+
+
+def without_bookkeeping(obj: Json) -> Json:
+    kept = {key: value for key, value in obj["metadata"].items() if key in ("name", "annotations", "labels")}
+    return {"metadata": kept, "spec": obj["spec"]}
+
+
+@pytest.mark.parametrize(
+    ("obj", "what"),
+    [
+        (workbench(MEMORY, mounts=({"mountPath": "/opt/shm", "name": "pytorch-shm"},)), "notebooks/my-workbench"),
+        (workbench(), "notebook.kubeflow.org/my-workbench"),
+        (serving("Deployment"), "deploy/x"),
+        (serving("StatefulSet"), "sts/x"),
+    ],
+)
+def test_patched_once_in_a_cluster_and_back_again(kube: KubeCluster, call: Call, obj: Json, what: str) -> None:
+    namespace, before = made(kube, obj)
+    kind, name = before["kind"], before["metadata"]["name"]
+    options = [what, "-n", namespace, "--yes"]
+    code, out, err = call("shm", "patch", *options, "--size", "2Gi")
+    assert code == 0, err
+    after = kube.get(kind, namespace, name)
+    assert after
+    volume = at_shm(after)
+    assert volume and volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "2Gi"}
+    assert re.search(r"^\+ .*mountPath: /dev/shm$", out, re.MULTILINE)
+    assert err.endswith(f"patched {kind.lower()}/{name}; --undo takes it back\n")
+    assert call("shm", "patch", *options, "--size", "2Gi") == (
+        0,
+        "",
+        f"{kind.lower()}/{name}: nothing to do; it is as asked\n",
+    )
+    assert call("shm", "patch", *options, "--undo", "--dry-run")[0] == 0
+    assert kube.get(kind, namespace, name) == after
+    assert call("shm", "patch", *options, "--undo")[0] == 0
+    found = kube.get(kind, namespace, name)
+    assert found and without_bookkeeping(found) == without_bookkeeping(before)
+
+
+class Terminal:
+    """`cvlaunch` with somebody in front of it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._end, other_end = pty.openpty()
+        streams = {"stdin": other_end, "stdout": other_end, "stderr": other_end}
+        self._process = subprocess.Popen([*COMMAND, *arguments], **streams)  # type: ignore[call-overload]
+        os.close(other_end)
+        self.text = ""
+
+    def read_to(self, word: str) -> None:
+        while word not in self.text:
+            self.text += os.read(self._end, 4096).decode()
+
+    def type(self, text: str) -> None:
+        self.text = ""
+        os.write(self._end, text.encode())
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while read := os.read(self._end, 4096).decode():
+                self.text += read
+        os.close(self._end)
+        return int(self._process.wait(10))
+
+
+def test_it_asks_and_takes_a_no(kube: KubeCluster) -> None:
+    namespace, before = made(kube, workbench())
+    terminal = Terminal("shm", "patch", "notebook/my-workbench", "-n", namespace, "--size", "2Gi")
+    terminal.read_to("[y/N]: ")
+    assert "the pod of the notebook restarts" in terminal.text
+    assert f"patch notebook/my-workbench in context test ({kube.url}), namespace {namespace}?" in terminal.text
+    assert "\x1b[32m+" in terminal.text
+    terminal.type("n\n")
+    assert terminal.end() == 130
+    assert kube.get("Notebook", namespace, "my-workbench") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "questions"),
+    [
+        pytest.param({"labels": {"team": "vision"}}, 1, id="another place"),
+        pytest.param({"annotations": {"theirs": "1"}}, 2, id="the place that is patched"),
+    ],
+)
+def test_what_changes_in_between_is_read_anew(kube: KubeCluster, change: Json, questions: int) -> None:
+    namespace, before = made(kube, workbench())
+    terminal = Terminal("shm", "patch", "notebook/my-workbench", "-n", namespace)
+    terminal.read_to("[y/N]: ")
+    kube.put({**before, "metadata": {**before["metadata"], **change}})
+    for _ in range(questions):
+        terminal.read_to("[y/N]: ")
+        terminal.type("y\n")
+    assert terminal.end() == 0, terminal.text
+    after = kube.get("Notebook", namespace, "my-workbench")
+    assert after and at_shm(after)
+    for key, value in change.items():
+        assert after["metadata"][key].items() >= value.items()
+    assert [request.method for request in kube.requests] == ["GET", "PATCH", "GET", "PATCH"]
+
+
+def test_what_changes_all_the_time_is_given_up(kube: KubeCluster, call: Call) -> None:
+    namespace, _ = made(kube, workbench())
+    kube.fail(409, method="PATCH", times=None)
+    code, _, err = call("shm", "patch", "notebook/my-workbench", "-n", namespace, "--yes")
+    assert code == 6
+    assert err.splitlines()[-1].endswith("changes faster than it can be patched: try again")
+
+
+def test_nobody_is_there_to_be_asked(kube: KubeCluster, call: Call) -> None:
+    namespace, before = made(kube, workbench())
+    code, _, err = call("shm", "patch", "notebook/my-workbench", "-n", namespace)
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "cvlaunch: this needs a yes; nobody can be asked here, so give --yes",
+    )
+    assert kube.get("Notebook", namespace, "my-workbench") == before
+
+
+def test_a_notebook_by_a_target(kube: KubeCluster, call: Call, tmp_path: Path) -> None:
+    namespace, _ = made(kube, workbench())
+    (tmp_path / "targets.yaml").write_text(
+        f"targets: {{ocp: {{backend: openshift, context: test, namespace: {namespace}}}}}\n"
+    )
+    code, out, err = call("shm", "patch", "notebook/my-workbench", "--target", "ocp", "--yes", "--json")
+    assert (code, json.loads(out)["applied"]) == (0, True), err
+    found = kube.get("Notebook", namespace, "my-workbench")
+    assert found and at_shm(found)
+    assert call("shm", "patch", "notebook/my-workbench", "--target", "ocp", "-n", "other", "--yes")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("disturb", "arguments", "code", "message"),
+    [
+        (None, ["notebook/my-workbnch"], 2, "did you mean 'my-workbench'? there are my-workbench"),
+        (None, ["deployment/x"], 2, "no deployment/x in context test"),
+        (("forbid", "patch", "notebooks"), ["notebook/my-workbench", "--yes"], 4, 'cannot patch resource "notebooks"'),
+        (("forbid", "get", "notebooks"), ["notebook/my-workbench", "--yes"], 4, 'cannot get resource "notebooks"'),
+        (("hide_api", "kubeflow.org"), ["notebook/my-workbench"], 2, "lacks the operator that brings it"),
+        (None, ["notebook/my-workbench", "--context", "tst"], 2, "no context 'tst'"),
+        (None, ["notebook/my-workbench", "--context", "stale"], 4, "context stale"),
+        (None, ["notebook/my-workbench", "--use-volume", "pytorch", "--size", "1Gi"], 2, "--size: the size of volume"),
+    ],
+)  # fmt: skip
+def test_what_a_cluster_refuses_is_one_clear_line(
+    kube: KubeCluster, call: Call, disturb: tuple[str, ...] | None, arguments: list[str], code: int, message: str
+) -> None:
+    namespace, _ = made(kube, workbench())
+    if disturb:
+        getattr(kube, disturb[0])(*disturb[1:])
+    found, _, err = call("shm", "patch", *arguments, "-n", namespace)
+    assert found == code, err
+    assert message in err.splitlines()[-1]
+
+
+def there(kube: KubeCluster, namespace: str, **how: Any) -> None:
+    """A pod that somebody runs."""
+    obj = running(**how)
+    kube.put({"apiVersion": "v1", "kind": "Pod", **obj, "metadata": {**obj["metadata"], "namespace": namespace}})
+
+
+def test_a_pod_of_a_cluster_must_be_made_anew(kube: KubeCluster, call: Call) -> None:
+    namespace = kube.namespace()
+    there(kube, namespace, spec={"nodeName": "elsewhere"})
+    code, out, err = call("shm", "patch", "pod/x-0", "-n", namespace, "--container", "a")
+    assert (code, out) == (2, "")
+    assert "a cluster takes no other volumes for a Pod that is there: pod/x-0 must be made anew" in err
+
+
+def test_check_lists_pods_and_marks_those_with_too_little(kube: KubeCluster, call: Call) -> None:
+    namespace = kube.namespace()
+    assert call("shm", "check", "-n", namespace)[:2] == (0, "")
+    memory = {"emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
+    there(kube, namespace, resources=GPU, volume=memory, spec={"nodeName": "elsewhere"})
+    code, out, _ = call("shm", "check", "-n", namespace)
+    assert (code, out.splitlines()[1].split("  ")[0]) == (0, "x-0")
+    code, out, err = call("shm", "check", "-n", namespace, "--size", "2Gi")
+    assert (code, "too little" in out, err) == (1, True, "more for it: cvlaunch shm patch pod/x-0 --size 2Gi\n")
+    code, out, _ = call("shm", "check", "-n", namespace, "--json")
+    assert (code, [(found["size"], found["too_little"]) for found in json.loads(out)]) == (0, [(GI, False)])

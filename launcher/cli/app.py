@@ -48,7 +48,7 @@ SECTIONS = {
     },
     "Places": {
         "targets": ("places:targets", "List, show and set up the places to run jobs."),
-        "shm": ("shm:shm", "Give what is in a cluster already a /dev/shm that is large enough."),
+        "shm": ("shm:shm", "Look at and set /dev/shm of what is in a cluster already."),
         "login": ("clusters:login", "Open the connection to a cluster that asks for a password."),
         "backends": ("places:backends", "Show what each platform can do."),
         "templates": ("places:templates", "Show a platform's template, or copy it to change it."),

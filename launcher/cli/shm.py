@@ -270,7 +270,7 @@ def _read(cluster: Cluster, kind: Kind, name: str) -> Json:
     there = (
         f"there are {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "there is none at all"
     )
-    raise SpecError(f"no {kind.word}/{name} in {cluster.where}{nearest(name, names)}; {there}")
+    raise SpecError(f"no {kind.word}/{name} in {cluster.where}{nearest(name, names) or ';'} {there}")
 
 
 def _show(change: Change, out: Out) -> None:
@@ -293,7 +293,7 @@ def _tell(change: Change, out: Out, *, applied: bool) -> None:
     elif applied and change.undone:
         out.note(f"{change.what} is as it was before")
     elif applied:
-        out.note(f"patched {change.what}; back again with: cvlaunch shm patch {change.what} --undo")
+        out.note(f"patched {change.what}; --undo takes it back")
     elif not change.operations:
         out.note(_nothing(change))
 

@@ -488,9 +488,15 @@ class _Site:
             return self._emptied(parent, path)
         begin = self._dash(parent, at) if parent.tag == _LIST else parent.first(at).start
         line_start = self.tree.text.rfind("\n", 0, begin) + 1
-        if self.tree.text[line_start:begin].strip():  # behind a dash: the next one moves up
-            return _Edit(begin, parent.first(at + 1).start, "")
+        if self.tree.text[line_start:begin].strip():
+            return self._remove_behind_dash(begin, self._below(parent.last(at)), parent.first(at + 1).start)
         return _Edit(line_start, self._below(parent.last(at)), "")
+
+    def _remove_behind_dash(self, begin: int, below: int, following: int) -> _Edit:
+        """The next key moves up, unless a comment stands before it. below: the beginning of the next line."""
+        if not self.tree.text[below:following].strip():
+            return _Edit(begin, following, "")
+        return _Edit(begin, below - len(self._newline), "")
 
     def _remove_from_flow(self, parent: Node, at: int) -> _Edit:
         first, last = parent.first(at), parent.last(at)

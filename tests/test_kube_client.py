@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import gc
 import http.server
 import json
 import os
@@ -475,7 +477,7 @@ BAD_FILES: list[tuple[str | None, dict[str, str], str]] = [
     (GOOD.replace("server: http://127.0.0.1:1", "x: y"), {}, r"cluster without `server`"),
     (GOOD.replace("name: c\n", "name: d\n"), {}, r"can't be used: .*name c"),
     (GOOD.replace("server: http:", "certificate-authority: /nope.pem\n    server: https:"), {}, r"/nope.pem"),
-    (GOOD.replace("server:", "proxy-url: socks5://127.0.0.1:1\n    server:"), {}, r"socks5://127.0.0.1:1.*http://"),
+    (GOOD.replace("server:", "proxy-url: socks5://ann:pw@127.0.0.1:1\n    server:"), {}, r"socks5://127.0.0.1 can't.*http://"),
 ]  # fmt: skip
 
 
@@ -615,6 +617,22 @@ def test_proxies_of_the_environment(
     cluster.get("/api/v1")
     cluster.close()
     assert server.targets == [f"{server.url}/api/v1" if through else "/api/v1"]
+
+
+def test_the_proxy_of_a_kubeconfig(server: Server, reach: Callable[..., Cluster]) -> None:
+    cluster = reach(url="http://cluster.test", **{"proxy-url": server.url.replace("//", "//ann:p%40ss@")})
+    cluster.get("/api/v1")
+    assert server.targets == ["http://cluster.test/api/v1"]
+    assert server.asked[0].headers["proxy-authorization"] == f"Basic {base64.b64encode(b'ann:p@ss').decode()}"
+
+
+def test_a_cluster_that_nobody_closes(server: Server, reach: Callable[..., Cluster], tmp_path: Path) -> None:
+    """Its connections go with it, without a warning."""
+    reach()
+    cluster = Cluster(Access(kubeconfig=str(tmp_path / "kubeconfig")))
+    cluster.get("/api/v1")
+    del cluster
+    gc.collect()
 
 
 # -- TLS --------------------------------------------------------------------------------------------------------------

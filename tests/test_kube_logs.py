@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -410,6 +411,35 @@ def test_the_run_s_folder_is_not_known_any_more(cluster: Cluster) -> None:
 def test_a_cursor_of_something_else(read: Read, since: str) -> None:
     with pytest.raises(SpecError, match="is no place in these logs"):
         read(since=since)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_place_is_the_same_wherever_the_lines_come_from(api: Api, read: Read, folder: Folder, seed: int) -> None:
+    """Attempts with many lines a millisecond, some out of order; pods that are gone and logs that were rotated."""
+    chance = random.Random(seed)
+    attempts, at = [], 0.0
+    for attempt in range(1, chance.randint(2, 4)):
+        lines = [hello(attempt, at)]
+        for number in range(chance.randint(0, 25)):
+            at += chance.choice([0, 0, 0.001, 0.3, 4])
+            lines.append(tagged(f"line {attempt}.{number}", max(at - chance.choice([0, 0, 0.001]), 0)))
+        at += chance.randint(1, 20)
+        attempts.append(lines)
+        folder.put(*lines, attempt=attempt)
+    kept = [Pod(f"p{number}", created=number).say(*lines) for number, lines in enumerate(attempts)]
+    rotated = chance.randint(0, len(attempts) - 1)
+    late = [Pod(f"p{rotated}", lines=kept[rotated].lines[chance.randint(0, len(attempts[rotated])) :])]
+    places = [kept, [], kept[1:], [*late, *kept[rotated + 1 :]]]
+    readings = []
+    for pods in places:
+        api.pods = pods
+        readings.append(read())
+    assert texts(readings[0]) == texts(parsed([line for lines in attempts for line in lines]))
+    for lines in readings[1:]:
+        assert lines == readings[0]
+    for number in chance.sample(range(len(readings[0])), min(len(readings[0]), 6)):
+        api.pods = chance.choice(places)
+        assert read(since=readings[0][number].cursor) == readings[0][number + 1 :]
 
 
 # -- following ------------------------------------------------------------------------------------------------------

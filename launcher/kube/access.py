@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from launcher.errors import AuthError, SpecError, UnsupportedError, nearest
@@ -87,7 +87,11 @@ class Loaded:
             options["server_hostname"] = name
         if not self._verified:  # the kubeconfig says so on purpose
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        return urllib3.ProxyManager(self.proxy, **options) if self.proxy else urllib3.PoolManager(**options)
+        if not self.proxy:
+            return urllib3.PoolManager(**options)
+        login = self._proxy_login
+        headers = urllib3.make_headers(proxy_basic_auth=":".join(login)) if login else None
+        return urllib3.ProxyManager(self.proxy, proxy_headers=headers, **options)
 
     def tls_options(self) -> dict[str, object]:
         """For websocket-client, which takes what ssl.SSLContext does."""
@@ -106,14 +110,18 @@ class Loaded:
         if not self.proxy:
             return {"http_no_proxy": ["*"]}
         proxy = urlsplit(self.proxy)
-        login = (proxy.username, proxy.password or "") if proxy.username else None
         return {
             "http_proxy_host": proxy.hostname,
             "http_proxy_port": proxy.port or 80,
-            "http_proxy_auth": login,
+            "http_proxy_auth": self._proxy_login,
             "proxy_type": "http",
             "http_no_proxy": [""],
         }
+
+    @property
+    def _proxy_login(self) -> tuple[str, str] | None:
+        proxy = urlsplit(self.proxy or "")
+        return (unquote(proxy.username), unquote(proxy.password or "")) if proxy.username else None
 
     @property
     def _verified(self) -> bool:
@@ -281,7 +289,8 @@ def _run_plugin(plugin: Mapping[str, Any], cluster: Mapping[str, Any], *, what: 
     """
     command = str(plugin["command"])
     program = str(folder / command) if os.sep in command else command
-    spec: dict[str, object] = {"interactive": sys.stdin.isatty()}
+    asks = plugin.get("interactiveMode") != "Never" and sys.stdin is not None and sys.stdin.isatty()
+    spec: dict[str, object] = {"interactive": asks}
     if plugin.get("provideClusterInfo"):
         spec["cluster"] = _cluster_info(cluster)
     info = {"apiVersion": plugin.get("apiVersion", ""), "kind": "ExecCredential", "spec": spec}
@@ -290,9 +299,9 @@ def _run_plugin(plugin: Mapping[str, Any], cluster: Mapping[str, Any], *, what: 
         done = subprocess.run(
             [program, *map(str, plugin.get("args") or ())],
             env={**os.environ, **env, "KUBERNETES_EXEC_INFO": json.dumps(info)},
-            stdin=None if sys.stdin.isatty() else subprocess.DEVNULL,
+            stdin=None if asks else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=None if sys.stdin.isatty() and sys.stderr.isatty() else subprocess.PIPE,
+            stderr=None if asks else subprocess.PIPE,
             timeout=_PLUGIN_S,
             check=True,
         )
@@ -372,7 +381,7 @@ def _in_networks(host: str, proxies: Mapping[str, str]) -> bool:
 
 def _checked_proxy(proxy: str | None) -> str | None:
     if proxy and not proxy.startswith(("http://", "https://")):
-        raise UnsupportedError(
-            f"the proxy {proxy!r} can't be used: only http:// and https:// ones can", key="kubeconfig"
-        )
+        url = urlsplit(proxy)
+        named = f"{url.scheme}://{url.hostname}" if url.scheme else "proxy"
+        raise UnsupportedError(f"{named} can't be used: only proxies http:// and https:// can", key="kubeconfig")
     return proxy

@@ -93,8 +93,9 @@ class _Head:
 class _Piece:
     """The log of one start of a container. last, same: kubelet's latest stamp in µs, and how many lines have it.
 
-    attempt: 0 is not known yet. stamps: of the lines read, and how many there were of each. reached: where we stopped.
-    done: nothing more will be read. clean: all that there is has been read.
+    attempt: 0 is not known yet. stamps: of the lines read, and how many there were of each; lost: the same of those
+    that the log had before. before: lines that come first, from the store. reached: where we stopped. done: nothing
+    more will be read. clean: all has been read.
     """
 
     pod: str
@@ -109,6 +110,8 @@ class _Piece:
     last: int = 0
     same: int = 0
     stamps: dict[float, int] = field(default_factory=dict)
+    lost: dict[float, int] = field(default_factory=dict)
+    before: Sequence[_Numbered] = ()
     reached: _Place | None = None
     done: bool = False
     clean: bool = False
@@ -121,7 +124,7 @@ class _Piece:
         return stamp > seen[0] or (stamp == seen[0] and self.same > seen[1])
 
     def forget(self) -> None:
-        self.last, self.same, self.stamps = 0, 0, {}
+        self.last, self.same, self.stamps = 0, 0, dict(self.lost)
 
     def close(self) -> None:
         """After a reading to the end; a log that is empty has been lost, as runners never say nothing."""
@@ -192,20 +195,22 @@ class _Reading:
         for piece in pieces:
             if piece.begun and not piece.done:
                 try:
-                    if not (piece.attempt or (yield from self._begin(piece, earlier, live=live))):
+                    if not piece.attempt and not self._begin(piece, earlier, live=live):
                         return
                     yield from self._more(piece, stream=stream and piece.live)
                 except UnreachableError:  # the pod's node; for the API itself the next look speaks
                     piece.clean, piece.done = False, not piece.live
             earlier = piece if piece.begun else earlier
 
-    def _begin(self, piece: _Piece, earlier: _Piece | None, *, live: bool) -> Generator[LogLine, None, bool]:
-        """What stands before it; False if the runner hasn't said yet which attempt it is."""
+    def _begin(self, piece: _Piece, earlier: _Piece | None, *, live: bool) -> bool:
+        """Finds its attempt and what stands before it; False if the runner hasn't said yet which attempt it is."""
         head = _uncut(self._head, piece)
         if live and piece.live and not head.enough:
             return False
         before, piece.attempt = self._before(piece, head, earlier)
-        yield from self._give(piece.node, self._beyond(piece.node, _numbered(before)))
+        piece.before = list(_numbered(before))
+        piece.lost = {line.time or 0.0: count for line, count in piece.before if line.attempt == piece.attempt}
+        piece.forget()
         return True
 
     def _head(self, piece: _Piece) -> _Head:
@@ -242,10 +247,14 @@ class _Reading:
             piece.close()
             return
         if place and piece.attempt == place[0] and place != piece.reached:
-            yield from self._given(piece, self._beyond(piece.node, _uncut(self._window, piece, place[1])))
-            piece.reached = self._places[piece.node]
-        elif not stream:
-            yield from self._given(piece, self._all_new(piece))
+            lines = itertools.chain(piece.before, _uncut(self._window, piece, place[1]))
+            yield from self._given(piece, self._beyond(piece.node, lines))
+            piece.before, piece.reached = (), self._places[piece.node]
+        else:
+            yield from self._given(piece, self._beyond(piece.node, piece.before))
+            piece.before = ()
+            if not stream:
+                yield from self._given(piece, self._all_new(piece))
         if stream:
             with contextlib.suppress(CutError):  # the next look asks again
                 yield from self._given(piece, self._streamed(piece))
@@ -343,7 +352,7 @@ class _Reading:
                 held.append((line, count))
                 if line.attempt > attempt or (line.time or 0.0) > stamp + _SLACK_S:
                     break
-            yield from (item for item in held if (item[0].attempt, item[0].time or 0.0) > (attempt, stamp))
+            yield from ((line, count) for line, count in held if (line.attempt, line.time or 0.0, count) > place)
         yield from later
 
     def _given(self, piece: _Piece, lines: Iterable[_Numbered]) -> Iterator[LogLine]:

@@ -154,13 +154,13 @@ class Tree:
             content = ""
         return content if isinstance(content, str) else ""
 
-    def uses(self, target: Node) -> Iterator[tuple[Node, Node]]:
-        """Aliases of a node, each with the node around it."""
+    def aliases(self) -> Iterator[tuple[Node, Node]]:
+        """Each with the node around it."""
         stack = [self.root] if self.root else []
         while stack:
             node = stack.pop()
             inner = [*node.items, *(part for pair in node.pairs for part in pair)]
-            yield from ((one, node) for one in inner if one.target is target)
+            yield from ((one, node) for one in inner if one.target is not None)
             stack += inner
 
 
@@ -203,11 +203,12 @@ def apply(text: str, batches: Sequence[Batch]) -> str:
 def _step(text: str, pending: list[tuple[Batch, int]]) -> tuple[str, list[tuple[Batch, int]]]:
     """One operation of each batch, as far as they don't meet in the text."""
     tree = read_tree(text)
+    site = _Site(tree, tuple(tree.aliases()))
     edits: list[_Edit] = []
     later: list[tuple[Batch, int]] = []
     for batch, at in pending:
         try:
-            found, done = _Site(tree).edits(batch, batch.operations[at])
+            found, done = site.edits(batch, batch.operations[at])
         except (LookupError, ValueError) as error:
             raise SpecError("it can't be changed in its form: write its keys in the usual way") from error
         if any(edit.meets(other) for edit in found for other in edits):
@@ -357,9 +358,10 @@ def _scalar(node: Node) -> Any:
 
 @dataclass(frozen=True)
 class _Site:
-    """A tree that is about to be edited."""
+    """A tree that is about to be edited, with its aliases and the nodes around them."""
 
     tree: Tree
+    aliases: tuple[tuple[Node, Node], ...]
 
     def edits(self, batch: Batch, operation: dict[str, Any]) -> tuple[list[_Edit], bool]:
         """What to rewrite, and whether that does the operation or only clears its way."""
@@ -390,7 +392,7 @@ class _Site:
         return self._aliases_of(node)
 
     def _aliases_of(self, node: Node) -> list[_Edit]:
-        return [self._written_out(alias, parent) for alias, parent in self.tree.uses(node)]
+        return [self._written_out(alias, parent) for alias, parent in self.aliases if alias.target is node]
 
     def _written_out(self, alias: Node, parent: Node) -> _Edit:
         value = _plain(alias, [_MOST_NODES])

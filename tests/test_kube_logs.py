@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from launcher.backends.base import LogLine
-from launcher.errors import SpecError
+from launcher.errors import SpecError, UnreachableError
 from launcher.kube.client import Access, Cluster
 from launcher.kube.logs import run_logs
 from launcher.stores import Store, open_store
@@ -130,17 +130,14 @@ class Api:
         to.send_header("Transfer-Encoding", "chunked")
         to.end_headers()
         sent, at = 0, 0
-        limit = int(query.get("limitBytes", 10**9))
         while True:
             for seconds, text in lines[at:]:
-                if NOON + seconds >= since and limit > 0:
+                if NOON + seconds >= since:
                     if sent == cut:  # in the middle of a line
                         _chunk(to, stamp(NOON + seconds, 9).encode())
                         to.close_connection = True
                         return
-                    data = f"{stamp(NOON + seconds, 9)} {text}\n".encode()[:limit]
-                    limit -= len(data)
-                    _chunk(to, data)
+                    _chunk(to, f"{stamp(NOON + seconds, 9)} {text}\n".encode())
                     sent += 1
                 at += 1
             if cut is not None:
@@ -280,7 +277,7 @@ def test_resuming_asks_for_a_window_alone(api: Api, read: Read) -> None:
     api.asked.clear()
     assert len(read(since=cursor)) == 9
     head, window = api.asked
-    assert "limitBytes" in head
+    assert "sinceTime" not in head
     assert datetime.fromisoformat(window["sinceTime"]).timestamp() == NOON + 85
 
 
@@ -397,6 +394,20 @@ def test_a_node_that_is_away_and_a_log_that_is_lost(api: Api, read: Read, folder
         assert texts(read()) == texts(parsed([*ONE, *TWO]))
     api.pods = [Pod("p1").say(*ONE), Pod("p2", created=100, broken=True)]
     assert texts(check_resuming(read)) == texts(parsed([*ONE, *TWO]))
+
+
+def test_a_store_that_is_away(api: Api, cluster: Cluster) -> None:
+    """Asked for what is there alone, and never passed over in silence."""
+
+    def away() -> Store:
+        raise UnreachableError("s3://bucket: the service did not answer: try again")
+
+    api.pods = [Pod().say(*ONE)]
+    assert texts(list(run_logs(cluster, RUN, away))) == texts(parsed(ONE))
+    api.pods = [Pod("p2").say(*TWO)]
+    for ended in (None, lambda: False):
+        with pytest.raises(UnreachableError, match="s3://bucket"):
+            list(run_logs(cluster, RUN, away, ended=ended))
 
 
 def test_nothing_anywhere(read: Read) -> None:

@@ -30,7 +30,7 @@ _STREAM_S = 60.0
 _SLACK_S = 5.0
 """How far stamps may stand out of order: threads of the runner, and kubelet's own stamp, which is a little later."""
 _PATIENCE_S = 60.0
-_HEAD, _HEAD_BYTES = 200, "65536"
+_HEAD = 200
 """Within so many lines the runner says which attempt it is."""
 _COUNTED = 1000
 _CUTS = 3
@@ -71,7 +71,7 @@ def run_logs(
             yield line
         if over or ended is None:
             return
-        if not found:
+        if not (found and reading.streams):
             sleep(every)
 
 
@@ -133,7 +133,7 @@ class _Piece:
 
 
 class _Reading:
-    """What was read so far, by node and container."""
+    """What was read so far, by node and container. streams: new lines come as they are printed, not at each look."""
 
     def __init__(
         self, cluster: Cluster, run_id: str, store: Callable[[], Store | None], *, since: str, silence_s: float
@@ -143,15 +143,16 @@ class _Reading:
         self._places = _places(since)
         self._pieces: dict[tuple[str, int], _Piece] = {}
         self._size = 1
+        self.streams = False
         self._stored: dict[int, list[LogLine]] | None = None
 
     def new_lines(self, *, live: bool, over: bool) -> Iterator[LogLine]:
         """What has come since last time. live: waits for more of what runs. over: nothing will come any more."""
         self._stored = None
         nodes = self._look()
-        stream = live and sum(piece.live for pieces in nodes.values() for piece in pieces) == self._size == 1
+        self.streams = live and sum(piece.live for pieces in nodes.values() for piece in pieces) == self._size == 1
         for _, pieces in sorted(nodes.items()):
-            yield from self._of_pods(pieces, live=live, stream=stream)
+            yield from self._of_pods(pieces, live=live)
         if not live:
             for node in self._torn(nodes, over=over):
                 yield from self._give(node, self._beyond(node, _numbered(self._from_store(over).get(node, ()))))
@@ -190,15 +191,15 @@ class _Reading:
             piece.live = not piece.previous and "running" in state
             yield piece
 
-    def _of_pods(self, pieces: Sequence[_Piece], *, live: bool, stream: bool) -> Iterator[LogLine]:
+    def _of_pods(self, pieces: Sequence[_Piece], *, live: bool) -> Iterator[LogLine]:
         earlier = None
         for piece in pieces:
             if piece.begun and not piece.done:
                 try:
                     if not piece.attempt and not self._begin(piece, earlier, live=live):
                         return
-                    yield from self._more(piece, stream=stream and piece.live)
-                except UnreachableError:  # the pod's node; for the API itself the next look speaks
+                    yield from self._more(piece, stream=self.streams and piece.live)
+                except (CutError, _AwayError):
                     piece.clean, piece.done = False, not piece.live
             earlier = piece if piece.begun else earlier
 
@@ -217,7 +218,7 @@ class _Reading:
         if not piece.has_runner:
             return _Head(enough=True)
         first, spoken, read = None, False, 0
-        for read, (stamp, line) in enumerate(self._fetch(piece, limitBytes=_HEAD_BYTES), 1):  # noqa: B007
+        for read, (stamp, line) in enumerate(itertools.islice(self._fetch(piece), _HEAD), 1):  # noqa: B007
             if first is None or (not spoken and line.time is not None):
                 first, spoken = _timed(line, stamp), line.time is not None
             hello = self._hello.match(line.text) if spoken and line.rank == "-" else None
@@ -317,7 +318,7 @@ class _Reading:
         asked = {"container": piece.container, "timestamps": "true", **query}
         silence_s = self._silence_s if "follow" in query else _PATIENCE_S
         lines = self._cluster.lines(path, silence_s=silence_s, **asked)
-        with _closing(lines), _not_yet():
+        with _closing(lines), _log_errors():
             for data in lines:
                 stamp, _, text = data.decode(errors="replace").partition(" ")
                 if _STAMP.fullmatch(stamp):
@@ -328,12 +329,13 @@ class _Reading:
     def _from_store(self, over: bool = False) -> dict[int, list[LogLine]]:
         """By node; read once in a round. over: with a last line that was cut off."""
         if self._stored is None:
-            self._stored = {}
+            found: dict[int, list[LogLine]] = {}
             store = self._store()
             for line in follow_logs(store, ended=(lambda: True) if over else None) if store else ():
-                lines = self._stored.setdefault(line.node, [])
+                lines = found.setdefault(line.node, [])
                 before = lines[-1].time if lines else 0.0
                 lines.append(replace(line, time=before, cursor="") if line.time is None else line)
+            self._stored = found
         return self._stored
 
     # -- places -------------------------------------------------------------------------------------------------------
@@ -366,11 +368,19 @@ class _Reading:
             yield replace(line, cursor=json.dumps(self._places))
 
 
+class _AwayError(Exception):
+    """The pod's node does not answer; were it the API itself, the next look at the pods would say so."""
+
+
 @contextlib.contextmanager
-def _not_yet() -> Iterator[None]:
-    """A container that hasn't started, or has been started so often that its log is gone: nothing to read."""
+def _log_errors() -> Iterator[None]:
+    """A container that hasn't started, or has been started so often that its log is gone, is one without lines."""
     try:
         yield
+    except CutError:
+        raise
+    except UnreachableError as error:
+        raise _AwayError from error
     except SpecError as error:
         if not re.search(_NOT_YET, error.message):
             raise

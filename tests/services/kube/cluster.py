@@ -210,14 +210,17 @@ class KubeCluster:
         return [(e["reason"], e["message"]) for e in found if name in ("", e["involvedObject"]["name"])]
 
     def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
-        """What `condition` returns once that is true; it is asked at every change. AssertionError after `seconds`."""
+        """What `condition` returns once that is true; it is asked at every change, and now and then.
+        AssertionError after `seconds`."""
         end = time.monotonic() + seconds
-        with self.store.lock:
-            while not (found := condition()):
-                left = end - time.monotonic()
-                assert left > 0, f"it did not happen in {seconds:g} s; there are {self._told()}"
-                self.store.lock.wait(min(left, 0.25))
-        return found
+        while True:
+            seen = self.store.version
+            if found := condition():
+                return found
+            assert time.monotonic() < end, f"it did not happen in {seconds:g} s; there are {self._told()}"
+            with self.store.lock:
+                if self.store.version == seen:
+                    self.store.lock.wait(0.05)
 
     def wait_for(
         self, kind: str, namespace: str, name: str, condition: Callable[[Json], Any], seconds: float = 30
@@ -496,7 +499,7 @@ def kube_cluster(folder: Path, *, nodes: Sequence[NodeSpec] = NODES) -> Iterator
     """All of it below `folder`, which is made, and in memory; ended, whatever happens, with all pods."""
     configure()
     _sweep()
-    owner = f"{os.getpid()}-{secrets.token_hex(3)}"
+    owner = f"{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(3)}"
     memory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner}-", dir=_MEMORY))
     cluster = KubeCluster(folder, memory, owner)
     try:
@@ -550,4 +553,13 @@ def _sweep() -> None:
 
 
 def _lives(owner: str) -> bool:
-    return Path(f"/proc/{owner.partition('-')[0]}").exists()
+    pid, started, *_ = owner.split("-")
+    return _started(int(pid)) == started
+
+
+def _started(pid: int) -> str:
+    """When, in clock ticks since boot (proc(5)); empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[19]
+    except OSError:
+        return ""

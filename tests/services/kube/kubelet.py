@@ -76,9 +76,10 @@ class Kubelet:
         return self.workers.get(pod["metadata"]["uid"])
 
     def image(self, reference: str) -> Image | None:
+        reference = self.images.get(reference, reference)
         seen, image = self._known.get(reference, (0.0, None))
         if image is None or time.monotonic() - seen > 2:
-            image = find_image(self.images.get(reference, reference))
+            image = find_image(reference)
             if image:
                 self._known[reference] = (time.monotonic(), image)
         return image

@@ -7,24 +7,28 @@ import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from launcher import Metrics, Run, State, render, submit
+from launcher import Metrics, Run, State, manifest, render, submit
 from launcher.ledger import Ledger
+from launcher.stores import open_store
 from launcher.submission import push_channels
 from launcher.testing.conformance import text_of
+from tests.services.podman import locked, podman
 from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
 
 DIGITS = Path(__file__).parents[1] / "examples/digits"
-LONGER = {"train.batch": "2"}
+LONGER = {"train.batch": "2", "train.image_size": "64"}
 """Epochs of several seconds, so that an eviction comes in the middle of one."""
+
+REGISTRY = "registry.example.com/cvlaunch/kubernetes"
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -36,6 +40,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("make_data.py", "tiny.yaml"):
         (folder / name).write_bytes((DIGITS / name).read_bytes())
     subprocess.run([sys.executable, str(folder / "make_data.py")], check=True, capture_output=True)
+    for name in ("tiny-train", "tiny-val"):
+        data = folder / "data" / name
+        manifest.write(open_store(str(data)), manifest.scan(data))
     return folder
 
 
@@ -55,20 +62,33 @@ def at_home(digits: Path) -> Callable[..., Run]:
     return lambda **changes: trained(tuple(changes.items()))
 
 
-@pytest.fixture(scope="session", params=["kubernetes", "openshift"])  # an image is built before a test has its home
+@pytest.fixture(scope="session", params=["kubernetes"])  # an image is built before a test has a home of its own
 def make_world(request: pytest.FixtureRequest) -> Callable[[Path], KubernetesWorld]:
-    return kubernetes_world(request, request.param)
+    """Results and data in S3 on a plain cluster, on a claim on OpenShift. rclone is quick with many small files."""
+    return kubernetes_world(request, request.param, server="rclone_s3")
 
 
 @pytest.fixture
 def world(
     make_world: Callable[[Path], KubernetesWorld], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> KubernetesWorld:
-    """Results and data in S3 on a plain cluster, on a claim on OpenShift."""
     made = make_world(tmp_path / "world")
-    for name, value in made.environment.items():
+    for name, value in {**made.environment, "CVLAUNCH_ENGINE": "podman"}.items():
         monkeypatch.setenv(name, value)
     return made
+
+
+@pytest.fixture
+def pinned(trainer_image: str, world: KubernetesWorld) -> Iterator[str]:
+    """The trainer image by a digest, as one that was pulled from a registry."""
+    name = f"{REGISTRY}:{trainer_image.rpartition(':')[2]}"
+    with locked("images"):
+        podman("tag", trainer_image, name)
+    reference = f"{REGISTRY}@{podman('image', 'inspect', '--format={{.Digest}}', trainer_image)}"
+    world.cluster.serve_image(reference, image=trainer_image)
+    yield reference
+    with locked("images"):
+        podman("untag", trainer_image, name, check=False)
 
 
 @pytest.fixture
@@ -80,9 +100,14 @@ def write_target(folder: Path, target: Mapping[str, Any]) -> None:
     (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"there": {**target}}}))
 
 
-def train(digits: Path, world: KubernetesWorld, ledger: Ledger, changes: Mapping[str, str] = {}) -> Run:
+def train(
+    digits: Path, world: KubernetesWorld, ledger: Ledger, changes: Mapping[str, str] = {}, *, image: str | None = None
+) -> Run:
     write_target(digits, world.target)
-    settings = [*world.settings, *(f"{key}={value}" for key, value in changes.items())]
+    settings = [
+        *([f"image={image}"] if image else world.settings),
+        *(f"{key}={value}" for key, value in changes.items()),
+    ]
     to = f"{world.target['output']}/_data"
     pushed = push_channels(digits / "tiny.yaml", backend=None, target="there", settings=settings, to=to)
     return submit(digits / "tiny.yaml", target="there", settings=[*settings, *pushed], ledger=ledger)
@@ -103,16 +128,17 @@ def in_training(run: Run) -> None:
 
 
 def test_a_training_is_the_one_at_home_and_the_container_backend_s(
-    digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
+    digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run], pinned: str
 ) -> None:
-    run = train(digits, world, ledger)
+    run = train(digits, world, ledger, image=pinned)
     assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
-    there = render(digits / "tiny.yaml", backend="container", settings=list(world.settings))
-    assert run.record.plan["job_digest"] == there.job_digest
-    assert run.record.plan["job_digest"] != at_home().record.plan["job_digest"], "it has an image"
+    there = render(digits / "tiny.yaml", backend="container", settings=[f"image={pinned}"])
+    assert run.record.plan["job_digest"] == there.job_digest != at_home().record.plan["job_digest"]
+    assert run.record.plan["unpinned"] == []
 
 
+@pytest.mark.parametrize("make_world", ["kubernetes", "openshift"], indirect=True)
 def test_an_evicted_training_ends_with_the_same_numbers(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:

@@ -59,7 +59,7 @@ class KubernetesWorld:
 
     @property
     def target(self) -> Mapping[str, Any]:
-        kept: dict[str, Any] = {"output": "pvc://runs/vision"}
+        kept: dict[str, Any] = {"output": "pvc://runs/vision", "helper_image": _IMAGE}
         if self._server is not None:
             storage = {"endpoint": self._server.endpoint, "region": "us-east-1"}
             kept = {"output": f"s3://{self.namespace}/runs", "storage": storage, "storage_secret": _SECRET}
@@ -123,9 +123,11 @@ class KubernetesWorld:
             time.sleep(0.05)
 
 
-def kubernetes_world(request: pytest.FixtureRequest, backend: str) -> Callable[[Path], KubernetesWorld]:
-    """For a session's fixture: results in S3 on a plain cluster, on a claim on OpenShift."""
+def kubernetes_world(
+    request: pytest.FixtureRequest, backend: str, *, server: str = "moto_s3"
+) -> Callable[[Path], KubernetesWorld]:
+    """For a session's fixture: results in S3 on a plain cluster, on a claim on OpenShift. server: the S3's fixture."""
     cluster, image = request.getfixturevalue("kube_session"), request.getfixturevalue("trainer_image")
-    server = request.getfixturevalue("moto_s3") if backend == "kubernetes" else None
+    bucket = request.getfixturevalue(server) if backend == "kubernetes" else None
 
-    return lambda _: KubernetesWorld(cluster, image=image, server=server, backend=backend)
+    return lambda _: KubernetesWorld(cluster, image=image, server=bucket, backend=backend)

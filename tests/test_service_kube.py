@@ -59,6 +59,7 @@ def api(kube: KubeCluster) -> client.ApiClient:
     config.load_kube_config(str(kube.kubeconfig), client_configuration=configuration)
     with client.ApiClient(configuration) as made:
         yield made
+        made.rest_client.pool_manager.clear()
 
 
 @pytest.fixture
@@ -582,7 +583,7 @@ def test_exec_and_portforward(kube: KubeCluster, api: client.ApiClient, namespac
     answer = b""
     while chunk := forwarded.recv():
         answer += chunk[1:]
-    forwarded.close()
+    forwarded.shutdown()
     assert answer.startswith(b"HTTP/1.0 200 OK")
     cat = socket_to(
         api, f"/api/v1/namespaces/{namespace}/pods/{pod}/exec?command=cat&stdin=true&stdout=true", "v5.channel.k8s.io"
@@ -592,7 +593,7 @@ def test_exec_and_portforward(kube: KubeCluster, api: client.ApiClient, namespac
     assert cat.recv() == b"\1through"
     cat.send_binary(b"\xff\0")
     assert json.loads(cat.recv()[1:]) == {"metadata": {}, "status": "Success"}
-    cat.close()
+    cat.shutdown()
 
 
 def commanded(api: client.ApiClient, namespace: str, pod: str, *command: str) -> tuple[str, str, int]:
@@ -602,7 +603,7 @@ def commanded(api: client.ApiClient, namespace: str, pod: str, *command: str) ->
     channels = {1: b"", 2: b"", 3: b""}
     while frame := socket.recv():
         channels[frame[0]] += frame[1:]
-    socket.close()
+    socket.shutdown()
     ended = json.loads(channels[3])
     code = int(ended["details"]["causes"][0]["message"]) if ended["status"] == "Failure" else 0
     return channels[1].decode(), channels[2].decode(), code

@@ -47,6 +47,7 @@ _GFD = {
     "nvidia.com/gpu.compute.minor": "0",
     "nvidia.com/cuda.driver.major": "550",
 }
+_RUN_AS = {"anyuid": "RunAsAny", "privileged": "RunAsAny", "restricted-v2": "MustRunAsRange"}
 _USUAL = {"cpu": "16", "memory": "64Gi", "ephemeral-storage": "500Gi", "pods": "110"}
 
 
@@ -431,17 +432,18 @@ class KubeCluster:
             ],
         }
 
-    def start(self, nodes: Sequence[NodeSpec]) -> None:
+    def start(self, nodes: Sequence[NodeSpec], *, alive: bool) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.server.start()
         self.write_kubeconfig()
-        self.kubelet.start()
+        if alive:
+            self.kubelet.start()
+            self.controllers.start()
         for name in ("default", "kube-system"):
             self.create("Namespace", "", {"metadata": {"name": name}})
         for node in nodes:
             self.add_node(node.name, node.labels, node.allocatable, node.taints)
         self._add_classes()
-        self.controllers.start()
         self._first = {
             (plural, "", obj["metadata"]["name"]): obj
             for plural in ("nodes", "storageclasses", "priorityclasses")
@@ -454,6 +456,9 @@ class KubeCluster:
             body = {"metadata": {"name": name, "annotations": default}, "provisioner": provisioner}
             self.create("StorageClass", "", {**body, "reclaimPolicy": "Delete", "volumeBindingMode": "Immediate"})
         self.create("PriorityClass", "", {"metadata": {"name": "high"}, "value": 1000})
+        for name in ("anyuid", "privileged", "restricted-v2"):
+            body = {"allowPrivilegedContainer": name == "privileged", "runAsUser": {"type": _RUN_AS[name]}}
+            self.create("SecurityContextConstraints", "", {"metadata": {"name": name}, **body})
 
     def clear(self) -> None:
         """As new for the next test: no namespaces of its own, no faults, the first nodes and classes."""
@@ -495,15 +500,18 @@ class KubeCluster:
 
 
 @contextlib.contextmanager
-def kube_cluster(folder: Path, *, nodes: Sequence[NodeSpec] = NODES) -> Iterator[KubeCluster]:
-    """All of it below `folder`, which is made, and in memory; ended, whatever happens, with all pods."""
+def kube_cluster(folder: Path, *, nodes: Sequence[NodeSpec] = NODES, alive: bool = True) -> Iterator[KubeCluster]:
+    """All of it below `folder`, which is made, and in memory; ended, whatever happens, with all pods.
+
+    alive: or else objects stay as they are put: no controller and no kubelet does anything with them.
+    """
     configure()
     _sweep()
     owner = f"{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(3)}"
     memory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner}-", dir=_MEMORY))
     cluster = KubeCluster(folder, memory, owner)
     try:
-        cluster.start(nodes)
+        cluster.start(nodes, alive=alive)
         yield cluster
     finally:
         cluster.close()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -91,7 +92,9 @@ class ContainerRun:
 
 
 def find_image(reference: str) -> Image | None:
-    """None if podman has none of that name."""
+    """None if podman has none of that name, or is not here."""
+    if not shutil.which("podman"):
+        return None
     done = subprocess.run(
         ["podman", "image", "inspect", "--format", "{{.Id}} {{.Config.User}}", reference],
         capture_output=True, text=True, check=False,

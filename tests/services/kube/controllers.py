@@ -39,17 +39,18 @@ class Controllers:
         self._timers: list[tuple[float, Key]] = []
         self._schedule = False
         self._closed = False
-        self._store.listen(self._heard)
         self._thread = threading.Thread(target=self._run, name="kube-controllers", daemon=True)
 
     def start(self) -> None:
+        self._store.listen(self._heard)
         self._thread.start()
 
     def close(self) -> None:
         with self._store.lock:
             self._closed = True
             self._store.lock.notify_all()
-        self._thread.join(10)
+        if self._thread.is_alive():
+            self._thread.join(10)
 
     def _later(self, key: Key, seconds: float) -> None:
         heapq.heappush(self._timers, (time.monotonic() + max(0.001, seconds), key))

@@ -18,13 +18,9 @@ def record(store: Store, about: Json, reason: str, message: str, *, warning: boo
     meta, resource = about["metadata"], find_resource(about["kind"])
     namespace = meta.get("namespace", "default")
     with store.lock:
-        for event in store.list("events", namespace):
-            if event["involvedObject"]["uid"] == meta["uid"] and (event["reason"], event["message"]) == (
-                reason,
-                message,
-            ):
-                store.change(("events", namespace, event["metadata"]["name"]), _again)
-                return
+        known = (meta["uid"], reason, message)
+        if store.change(("events", namespace, store.event_names.get(known, "")), _again):
+            return
         if store.get(("namespaces", "", namespace)) is None:
             return
         involved = {
@@ -35,7 +31,7 @@ def record(store: Store, about: Json, reason: str, message: str, *, warning: boo
             "apiVersion": resource.api_version,
             "resourceVersion": meta.get("resourceVersion", ""),
         }
-        store.create(
+        made = store.create(
             CORE["events"],
             {
                 "apiVersion": "v1",
@@ -54,6 +50,7 @@ def record(store: Store, about: Json, reason: str, message: str, *, warning: boo
                 "count": 1,
             },
         )
+        store.event_names[known] = made["metadata"]["name"]
 
 
 def _again(event: Json) -> None:

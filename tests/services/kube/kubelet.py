@@ -55,9 +55,9 @@ class Kubelet:
         self._numbers = itertools.count(1)
         self._garbage: queue.Queue[list[str] | None] = queue.Queue()
         self._cleaner = threading.Thread(target=self._clean, name="kube-cleaner", daemon=True)
-        store.listen(self._heard)
 
     def start(self) -> None:
+        self.store.listen(self._heard)
         self._cleaner.start()
 
     def close(self) -> None:
@@ -68,8 +68,9 @@ class Kubelet:
             worker.lose()
         for worker in workers:
             worker.thread.join(20)
-        self._garbage.put(None)
-        self._cleaner.join(60)
+        if self._cleaner.is_alive():
+            self._garbage.put(None)
+            self._cleaner.join(60)
         self.folder.remove()
 
     def worker(self, pod: Json) -> PodWorker | None:
@@ -529,12 +530,10 @@ class PodWorker:
             pod = self._now()
             if self._gone:
                 break
-            if "deletionTimestamp" in pod["metadata"]:
+            if pod["metadata"].get("deletionGracePeriodSeconds"):
                 self.store.finish_pod(self.key, self.uid)
-                if pod is self.store.get(self.key):
-                    self._rest(1.0)
-                continue
-            self._rest(60.0)
+            else:
+                self._rest(60.0)
         self.kubelet.throw_away(self.names)
         self.folders.remove()
         self.kubelet.forget(self.uid)

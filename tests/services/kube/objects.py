@@ -38,7 +38,7 @@ class Change:
 
 class Store:
     """Objects in it are never changed, only replaced: whoever reads one may keep it. `lock` may be held over several
-    calls; it is also the condition that every change notifies."""
+    calls; it is also the condition that every change notifies. event_names: (uid, reason, message) → event."""
 
     def __init__(self) -> None:
         self.lock = threading.Condition(threading.RLock())
@@ -48,6 +48,7 @@ class Store:
         self._dependents: dict[str, set[Key]] = {}
         self._uids: dict[str, Key] = {}
         self._listeners: list[Listener] = []
+        self.event_names: dict[tuple[str, str, str], str] = {}
 
     def listen(self, listener: Listener) -> None:
         """Called at every change with (kind, key, object), with the lock held: it must be quick."""
@@ -142,7 +143,7 @@ class Store:
         """The kubelet's word that nothing of a deleted pod runs any more."""
         with self.lock:
             obj = self.get(key)
-            if obj and obj["metadata"]["uid"] == uid:
+            if obj and obj["metadata"]["uid"] == uid and obj["metadata"].get("deletionGracePeriodSeconds"):
                 self.delete(key, grace_s=0)
 
     def clear_finalizer(self, key: Key, name: str) -> None:

@@ -15,14 +15,17 @@ from tests.services.kube.times import now, parse_quantity
 __all__ = ["schedule"]
 
 Json = dict[str, Any]
+Usage = dict[str, dict[str, Decimal]]
+"""Node → resource → how much of it is taken."""
 
 
 def schedule(store: Store) -> None:
     """All pods that wait, the oldest first."""
     with store.lock:
         waiting = [pod for pod in store.list("pods") if _waits(pod)]
-        for pod in sorted(waiting, key=lambda pod: int(pod["metadata"]["resourceVersion"])):
-            _schedule(store, pod)
+        used = _used(store) if waiting else {}
+        for pod in sorted(waiting, key=lambda pod: pod["metadata"]["creationTimestamp"]):
+            _schedule(store, pod, used)
 
 
 def _waits(pod: Json) -> bool:
@@ -33,21 +36,28 @@ def _waits(pod: Json) -> bool:
     )
 
 
-def _schedule(store: Store, pod: Json) -> None:
+def _schedule(store: Store, pod: Json, used: Usage) -> None:
     key = ("pods", pod["metadata"]["namespace"], pod["metadata"]["name"])
     if pod["spec"].get("schedulingGates"):
         _mark(store, key, "False", "SchedulingGated", "Scheduling is blocked due to non-empty scheduling gates")
         return
     nodes = store.list("nodes")
     claims = _claims(store, pod)
-    verdicts = {node["metadata"]["name"]: list(_objections(store, node, pod)) for node in nodes}
-    free = [name for name, objections in verdicts.items() if not objections]
+    verdicts = {node["metadata"]["name"]: list(_objections(node, pod, used)) for node in nodes}
+    free = [node for node in nodes if not verdicts[node["metadata"]["name"]]]
     if claims or not free:
         message = (claims and _claims_message(len(nodes), claims)) or _message(verdicts)
         _mark(store, key, "False", "Unschedulable", message)
         record(store, pod, "FailedScheduling", message, warning=True, source="default-scheduler")
         return
-    _bind(store, key, free[0])
+    chosen = min(free, key=_devices)["metadata"]["name"]
+    _bind(store, key, chosen)
+    _add(used, chosen, pod)
+
+
+def _devices(node: Json) -> int:
+    """Whoever needs none leaves them to others."""
+    return sum("/" in name for name in node["status"]["allocatable"])
 
 
 def _bind(store: Store, key: Key, node: str) -> None:
@@ -108,7 +118,7 @@ def _message(verdicts: dict[str, list[str]]) -> str:
     return f"0/{total} nodes are available: {told}. preemption: 0/{total} nodes are available: {end}."
 
 
-def _objections(store: Store, node: Json, pod: Json) -> Iterator[str]:
+def _objections(node: Json, pod: Json, used: Usage) -> Iterator[str]:
     """Of the first filter that has any, as the scheduler asks them."""
     spec = node.get("spec", {})
     if spec.get("unschedulable"):
@@ -121,9 +131,11 @@ def _objections(store: Store, node: Json, pod: Json) -> Iterator[str]:
     if not _chosen(node, pod["spec"]):
         yield "node(s) didn't match Pod's node affinity/selector"
         return
-    used = _used(store, node["metadata"]["name"])
+    taken, room = used.get(node["metadata"]["name"], {}), node["status"]["allocatable"]
+    if taken.get("pods", 0) + 1 > parse_quantity(room.get("pods", "110")):
+        yield "Too many pods"
     for name, value in pod_requests(pod["spec"]).items():
-        if value and used.get(name, Decimal(0)) + value > parse_quantity(node["status"]["allocatable"].get(name, "0")):
+        if value and taken.get(name, Decimal(0)) + value > parse_quantity(room.get(name, "0")):
             yield f"Insufficient {name}"
 
 
@@ -169,10 +181,16 @@ def _meets(labels: Json, rule: Json) -> bool:
             return value is not None and int(value) < int(values[0])
 
 
-def _used(store: Store, node: str) -> dict[str, Decimal]:
-    used: dict[str, Decimal] = {}
+def _used(store: Store) -> Usage:
+    used: Usage = {}
     for pod in store.list("pods"):
-        if pod["spec"].get("nodeName") == node and pod["status"].get("phase") not in ("Succeeded", "Failed"):
-            for name, value in pod_requests(pod["spec"]).items():
-                used[name] = used.get(name, Decimal(0)) + value
+        node = pod["spec"].get("nodeName")
+        if node and pod["status"].get("phase") not in ("Succeeded", "Failed"):
+            _add(used, node, pod)
     return used
+
+
+def _add(used: Usage, node: str, pod: Json) -> None:
+    taken = used.setdefault(node, {})
+    for name, value in {**pod_requests(pod["spec"]), "pods": Decimal(1)}.items():
+        taken[name] = taken.get(name, Decimal(0)) + value

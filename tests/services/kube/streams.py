@@ -61,7 +61,7 @@ def parse_log_query(query: Mapping[str, str], now: float) -> LogQuery:
         if "sinceSeconds" in query:
             since = now - int(query["sinceSeconds"])
         elif "sinceTime" in query:
-            since = parse_time(query["sinceTime"])
+            since = float(int(parse_time(query["sinceTime"])))  # the API server hands it on in whole seconds
         tail = int(query["tailLines"]) if "tailLines" in query else None
         limit = int(query["limitBytes"]) if "limitBytes" in query else None
     except ValueError as error:

@@ -44,7 +44,8 @@ _KEPT_S = 30
 """After its end, so that it can be seen why it failed."""
 _ALONE_IDLE_S = 30.0
 """At most, where nobody on another machine can use the claim meanwhile."""
-_PORTS = range(20000, 60000)
+_PORTS = range(20000, 32000)
+"""Below those that Linux gives to outgoing connections."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 1.0
 _GREETING_S = 10.0
 
@@ -190,9 +191,9 @@ class Helper:
     def connect(self) -> socket.socket:
         """A connection to serve.py, which has answered on it, in a pod that is made where there is none."""
         with self._lock:
-            end = time.monotonic() + self._wait_s
+            end, mine = time.monotonic() + self._wait_s, set[str]()
             for pause in _pauses():
-                pod, port = self._pod(end)
+                pod, port = self._pod(end, mine)
                 try:
                     return _greeted(forward(self._cluster, pod, port))
                 except (SpecError, UnreachableError, OSError) as error:  # it begins or ends just now
@@ -202,9 +203,8 @@ class Helper:
                 self._sleep(pause)
         raise AssertionError("pauses have no end")
 
-    def _pod(self, end: float) -> tuple[str, int]:
-        """Name and port of the one that serves."""
-        mine = set[str]()
+    def _pod(self, end: float, mine: set[str]) -> tuple[str, int]:
+        """Name and port of the one that serves. mine: uids of Jobs that were made for this connection."""
         status = Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
         for pause in _pauses():
             job = self._job(mine)
@@ -221,13 +221,13 @@ class Helper:
     def _job(self, mine: set[str]) -> Json | None:
         """One that can serve, made where there is none; None as long as one that ended is there.
 
-        mine: uids of those made here. One of them that failed is kept: the next would fail as well.
+        One of `mine` that failed is kept: the next would fail as well.
         """
         job = self._cluster.get(self._path)
         if job is None:
             job = self._make()
             mine |= {job["metadata"]["uid"]} if job else set()
-        elif _is_leaving(job) and not (condition(job, "Failed") and job["metadata"]["uid"] in mine):
+        elif _is_leaving(job) and not (_has_failed(job) and job["metadata"]["uid"] in mine):
             self._cluster.delete(self._path)
             return None
         return job
@@ -302,17 +302,21 @@ class Helper:
 
     def _failure(self, status: Status, pods: Sequence[Json]) -> CvlaunchError:
         """What is said of it; the pod, which would wait on, is removed."""
-        lead = status.reason or status.native
-        more = [self._said(pod, "Warning") for pod in pods]
-        if re.search("(?i)persistentvolumeclaim", lead):
-            more.append(self._said(self._claim(), "Normal", "Warning"))
-        words = ": ".join([lead, *dict.fromkeys(text for text in more if text and text not in lead)]).rstrip(".")
+        words = ": ".join(filter(None, (status.reason or f"it stays {status.native}", self._more(status, pods))))
         kind, advice = next((kind, advice) for found, kind, advice in _WAYS_OUT if re.search(found, words))
         if not _is_final(status):
             words = f"within {format_duration(self._wait_s)}: {words}"
         with contextlib.suppress(AuthError):
             self._cluster.delete(self._path)
-        return kind(f"{self._what}: the pod that serves its files did not start: {words}: {advice}")
+        return kind(f"{self._what}: the pod that serves its files did not start: {words.rstrip('.')}: {advice}")
+
+    def _more(self, status: Status, pods: Sequence[Json]) -> str:
+        """What events say of a volume that can't be mounted or bound."""
+        if "PersistentVolumeClaim" in status.reason:
+            return self._said(self._claim(), "Normal", "Warning")
+        if status.state is State.STARTING and not re.search("image|container", status.reason):
+            return next((said for pod in pods if (said := self._said(pod, "Warning"))), "")
+        return ""
 
 
 def _pauses() -> Iterator[float]:
@@ -346,7 +350,11 @@ def _is_final(status: Status) -> bool:
 
 def _is_leaving(job: Mapping[str, Any]) -> bool:
     gone = job["metadata"].get("deletionTimestamp")
-    return bool(gone) or is_over(job) or any(condition(job, kind) for kind in ("FailureTarget", "SuccessCriteriaMet"))
+    return bool(gone or is_over(job) or _has_failed(job) or condition(job, "SuccessCriteriaMet"))
+
+
+def _has_failed(job: Mapping[str, Any]) -> bool:
+    return bool(condition(job, "Failed") or condition(job, "FailureTarget"))
 
 
 def _serving(pod: Mapping[str, Any]) -> tuple[str, int] | None:

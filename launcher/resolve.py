@@ -206,17 +206,19 @@ def _image(
 
 
 def _shm(spec: JobSpec, backend: Backend) -> tuple[int | None, tuple[str, ...]]:
-    """(bytes, warnings); auto is what the trainer's loaders need, None for a command that nobody knows.
+    """(bytes, warnings); auto is what the trainer's loaders need. Nobody knows the need of a command: it gets a good
+    deal where the platform would give too little, else None.
 
     Shared memory counts as the container's memory, so that auto takes half of it at most.
     """
-    resources = spec.resources
+    resources, there = spec.resources, backend.rules.shm
     given = None if resources.shm == "auto" else resources.shm
     if spec.train is None:
-        return given, ()
+        usual = shm.of_command(resources.memory) if there.how and there.size is not None else None
+        return given or usual, ()
     loaders = shm.Loaders.of_train(spec.train.model_dump(), resources.processes_per_node, gpus=resources.gpus)
     size = shm.rounded_need(loaders.need()) if given is None else given
-    if given is None and resources.memory is not None and backend.rules.shm.how:
+    if given is None and resources.memory is not None and there.how:
         size = min(size, resources.memory // 2)
     if size >= loaders.need():
         return size, ()

@@ -442,6 +442,8 @@ def _with_evidence(record: RunRecord, status: Status, backend: Backend) -> Statu
         store = store_of(record, backend)
         with contextlib.suppress(FileNotFoundError):
             left = json.loads(store.read(contract.RESULT))
+            if left.get("state") == "PREEMPTED":  # it was to go on somewhere
+                return status
             state, code = ended_state(left.get("state"), int(left["exit_code"])), int(left["exit_code"])
             reason, attempt = str(left.get("reason") or ""), int(left.get("attempt") or 1)
             return dataclasses.replace(

@@ -27,6 +27,7 @@ __all__ = [
     "allowed_loading",
     "image_batch_bytes",
     "loader_need",
+    "of_command",
     "rounded_need",
     "shm_free",
     "shm_size",
@@ -43,6 +44,8 @@ _VALIDATION_MARGIN = 32
 """Pixels that Ultralytics pads validation images by: half a stride, rounded up (data/base.py, set_rectangle)."""
 
 _UNIT = 64 * 2**20
+_USUAL, _LEAST = 2 * 2**30, 512 * 2**20
+"""What a command gets where its memory is not known, and what is left to its processes at least."""
 _HEADROOM = 1.25
 _WORKERS, _PREFETCH = "CVLAUNCH_LOADER_WORKERS", "CVLAUNCH_LOADER_PREFETCH"
 
@@ -135,6 +138,16 @@ def image_batch_bytes(batch: int, image_size: int, *, channels: int = 3, bytes_p
 def loader_need(workers: int, prefetch: int, *, batch_bytes: int) -> int:
     """Peak bytes of one data loader; 0 without workers, as then nothing is shared."""
     return (workers * prefetch + 1) * batch_bytes if workers else 0
+
+
+def of_command(memory: int | None) -> int | None:
+    """Bytes for a command whose loaders nobody knows; None where its memory is too little to be shared.
+
+    memory: the container's limit, of which shared memory is a part.
+    """
+    if memory is None:
+        return _USUAL
+    return memory // 2 if memory >= 2 * _LEAST else None
 
 
 def rounded_need(need: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
 from launcher.status import Status
 
-__all__ = ["UNSEEN_LIMIT_S", "intervals", "watch"]
+__all__ = ["UNSEEN_LIMIT_S", "intervals", "seldom", "watch"]
 
 UNSEEN_LIMIT_S = 600.0
 """A run that a platform no longer knows is UNKNOWN for so long, then LOST."""
@@ -19,6 +20,23 @@ def intervals(*, first: float, most: float) -> Iterator[float]:
     while True:
         yield pause
         pause = min(pause * 1.1, most)
+
+
+_ASK_EVERY_S = 5.0
+"""For the sake of a controller, however often somebody looks at the log."""
+
+
+def seldom(ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Asks every few seconds; True stays."""
+    asked_at, answer = -math.inf, False
+
+    def ended() -> bool:
+        nonlocal asked_at, answer
+        if not answer and time.monotonic() - asked_at >= _ASK_EVERY_S:
+            answer, asked_at = ask(), time.monotonic()
+        return answer
+
+    return ended
 
 
 def watch(

@@ -114,7 +114,10 @@ LARGE = {"task": "classify", "workers": 8, "batch": 64, "image_size": 256}
         (Settable, LARGE, {"shm": "1Gi", "memory": "1Gi"}, 1024, ""),
         (Settable, {**LARGE, "workers": 0}, {"memory": "100Mi"}, 50, ""),
         (Fixed, LARGE, {"memory": "256Mi"}, 256, ""),
-        (Settable, None, {}, None, ""),
+        (Settable, None, {}, 2048, ""),
+        (Settable, None, {"memory": "1Gi"}, 512, ""),
+        (Settable, None, {"memory": "1023Mi"}, None, ""),
+        (Fixed, None, {}, None, ""),
         (Settable, None, {"shm": "1Gi"}, 1024, ""),
     ],
 )

@@ -7,6 +7,7 @@ after it and belongs to it, and goes when it goes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -54,6 +55,7 @@ from launcher.shm import SHM, size_as_written
 from launcher.spec import Duration, Model
 from launcher.status import Status
 from launcher.stores import Store, join_uri, open_store, scheme
+from launcher.watch import seldom
 
 __all__ = ["KubernetesBackend", "KubernetesTarget", "OpenShiftBackend", "OpenShiftTarget"]
 
@@ -246,12 +248,10 @@ class KubernetesBackend:
         """What the cluster would take and then never start. The pod itself is tried out at submission."""
         yield from _check_foreign(job)
         if not self._cluster.allowed("create", "jobs"):
-            yield Problem(
-                "namespace",
-                f"you may not create jobs in {self._cluster.where}; its administrator gives you the Role that "
-                f"`cvlaunch targets policy {self.target_name}` prints",
+            raise AuthError(
+                f"you may not create jobs in {self._cluster.where}: correct the target's `namespace`, or ask for the "
+                f"Role that `cvlaunch targets policy {self.target_name}` prints"
             )
-            return
         yield from self._check_secrets(job)
         yield from self._check_claims(job)
         yield from self._check_gpus(job)
@@ -263,36 +263,40 @@ class KubernetesBackend:
             yield Problem("storage_secret", message, fatal=False)
 
     def _check_secrets(self, job: Job) -> Iterator[Problem]:
-        wanted = {
-            **dict.fromkeys(self.target.image_pull_secrets, ("image_pull_secrets", "")),
-            **({self.target.storage_secret: ("storage_secret", "")} if self.target.storage_secret else {}),
-            **{name: ("secrets", key) for name, key in _stored_secrets(job.spec.secrets).values()},
-        }
-        for name, (key, entry) in wanted.items():
+        target, stored = self.target, _stored_secrets(job.spec.secrets)
+        wanted = [("image_pull_secrets", name, "") for name in target.image_pull_secrets]
+        wanted += [("storage_secret", target.storage_secret, "")] if target.storage_secret else []
+        wanted += [(f"secrets.{variable}", name, entry) for variable, (name, entry) in stored.items()]
+        for key, name, entry in wanted:
             try:
                 found = self._cluster.get(self._cluster.path("secrets", name))
             except AuthError:  # who may not read Secrets may use them all the same
                 continue
             if found is None:
-                yield Problem(key, f"there is no Secret {name} in {self._cluster.where}")
+                yield Problem(key, f"there is no Secret {name} in {self._cluster.where}: make it, or correct the name")
             elif entry and entry not in (found.get("data") or {}):
-                yield Problem(key, f"the Secret {name} has no key {entry}; it has {', '.join(found.get('data') or {})}")
+                there = ", ".join(found.get("data") or {}) or "none"
+                yield Problem(key, f"the Secret {name} has no key {entry}: correct it; there are {there}")
 
     def _check_claims(self, job: Job) -> Iterator[Problem]:
-        for claim in sorted({split_uri(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
+        places = [*((f"data.{channel.name}", channel.uri) for channel in job.channels), ("output", job.output)]
+        claims = {split_uri(uri)[0]: key for key, uri in places if scheme(uri) == "pvc"}
+        for claim, key in sorted(claims.items()):
             try:
                 found = self._cluster.get(self._cluster.path("persistentvolumeclaims", claim))
             except AuthError:
                 continue
             if found is None:
-                yield Problem("output", f"there is no PersistentVolumeClaim {claim} in {self._cluster.where}")
+                message = f"there is no PersistentVolumeClaim {claim} in {self._cluster.where}"
+                yield Problem(key, f"{message}: make it, or correct the name (`cvlaunch targets probe`)")
             elif found.get("status", {}).get("phase") == "Lost":
-                yield Problem("output", f"the PersistentVolumeClaim {claim} has lost its volume")
+                yield Problem(key, f"the PersistentVolumeClaim {claim} has lost its volume: use another one")
             elif job.spec.resources.nodes > 1 and not {"ReadWriteMany", "ReadOnlyMany"} & {
                 *found["spec"]["accessModes"]
             }:
                 modes = ", ".join(found["spec"]["accessModes"])
-                yield Problem("resources.nodes", f"claim {claim} is {modes}: several nodes need ReadWriteMany")
+                message = f"claim {claim} is {modes}, and several nodes need ReadWriteMany: use another, or one node"
+                yield Problem("resources.nodes", message)
 
     def _check_gpus(self, job: Job) -> Iterator[Problem]:
         """Whether some node has them; an autoscaler may bring nodes that nobody sees yet."""
@@ -304,32 +308,36 @@ class KubernetesBackend:
         except AuthError:
             return
         having = {node["metadata"]["name"]: _allocatable(node, target.gpu_resource) for node in nodes}
-        way_out = "or, if nodes come when they are needed, write scales_up: true in the target"
-        if max(having.values(), default=0) < resources.gpus:
-            most = max(having.values(), default=0)
-            yield Problem(
-                "resources.gpus",
-                f"{resources.gpus} x {target.gpu_resource} on one node wanted; no node has more than {most}; "
-                f"ask for fewer, {way_out}",
-            )
+        way_out = "if nodes come when they are needed, write scales_up: true in the target"
+        most = max(having.values(), default=0)
+        if most < resources.gpus:
+            kind = target.gpu_resource
+            others = sorted({name for node in nodes for name in _resources(node) if is_gpu(name)} - {kind})
+            message = f"{resources.gpus} x {kind} on one node wanted, and no node has more than {most}: ask for fewer"
+            if not most:
+                there = ", ".join(others) or "no GPUs"
+                message = f"no node has {kind}: see gpu_resource of the target; there are {there}"
+            yield Problem("resources.gpus", f"{message}; or, {way_out}")
             return
         wanted = node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values)
         if wanted is None:
             return
         there = {words.labels_of(node).get(wanted.key, "") for node in nodes if having[node["metadata"]["name"]]}
         if not there & {*wanted.values}:
-            found = ", ".join(sorted(filter(None, there))) or f"no label {wanted.key}"
-            models = ", ".join(resources.gpu)
-            message = f"no node has {models}: its nodes with GPUs say {found} ({wanted.key})"
-            yield Problem("resources.gpu", f"{message}; see gpu_label and gpu_values of the target, {way_out}")
+            found = ", ".join(sorted(filter(None, there)))
+            says = f"nodes with GPUs have {wanted.key}: {found}" if found else f"no node has the label {wanted.key}"
+            message = f"no node has {', '.join(resources.gpu)} ({says}): see gpu_label and gpu_values of the target"
+            yield Problem("resources.gpu", f"{message}; or, {way_out}")
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         job, *others = _documents(plan.text)
+        _check_found_again(job, plan.run_id)
         if attempt > 1:
             self._clear(plan.run_id)
             job["spec"]["template"]["metadata"]["labels"][words.SUBMISSION] = str(attempt)
-        self._try_out(job)
-        made = self._create(job)
+        with self._blamed():
+            self._try_out(job)
+            made = self._create(job)
         owner = _owner(made)
         try:
             for document in others:
@@ -340,6 +348,16 @@ class KubernetesBackend:
             self._cluster.delete(self._job_path(plan.run_id))
             raise
         return self._handle(plan.run_id)
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Our own manifests are valid: what the cluster objects to was most likely changed by the overlay."""
+        try:
+            yield
+        except SpecError as error:
+            if error.key is not None or self.target.overlay is None:
+                raise
+            raise SpecError(error.message, key="overlay") from error
 
     def submit_many(self, plans: Sequence[Plan], secrets: Mapping[str, str], *, attempt: int = 1) -> list[Handle]:
         """Several at a time: the API server has no call for many."""
@@ -355,7 +373,7 @@ class KubernetesBackend:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"]}, "spec": template["spec"]}
         pod["metadata"]["generateName"] = f"{job['metadata']['name']}-"
         try:
-            self._cluster.create(self._cluster.path("pods"), pod, dryRun="All")
+            self._cluster.create(self._cluster.path("pods"), pod, dryRun="All", **_STRICT)
         except (AuthError, CapacityError):
             return
 
@@ -363,7 +381,7 @@ class KubernetesBackend:
         """The Job as the cluster has it; one of the same name that holds the same job is ours already."""
         run_id = job["metadata"]["name"]
         try:
-            return self._cluster.create(self._cluster.path("jobs"), job)
+            return self._cluster.create(self._cluster.path("jobs"), job, **_STRICT)
         except ConflictError as error:
             there = self._job(run_id)
             if there is None or _inline_job(there) != _inline_job(job):
@@ -504,9 +522,7 @@ class KubernetesBackend:
         """From its pods; from the output store what they have no more."""
         run_id = handle.native
 
-        def ended() -> bool:
-            return self.status([handle])[handle].state.terminal
-
+        ended = seldom(lambda: self.status([handle])[handle].state.terminal)
         return run_logs(
             self._cluster, run_id, lambda: self._run_folder(run_id), ended=ended if follow else None, since=since
         )
@@ -602,6 +618,8 @@ class OpenShiftBackend(KubernetesBackend):
 
 
 _RESOURCES = {"Secret": "secrets", "Service": "services"}
+_STRICT = {"fieldValidation": "Strict"}
+"""A field that nobody knows is refused, as kubectl has it; otherwise it would be left out without a word."""
 
 
 # -- what the manifest says -------------------------------------------------------------------------------------------
@@ -697,7 +715,7 @@ def _stored_secrets(secrets: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 def _memory(job: Job) -> int | None:
     """The limit, of which shared memory is a part. SpecError if it leaves too little."""
     memory, shm = job.spec.resources.memory, job.shm or 0
-    if memory is not None and shm + _LEAST_MEMORY > memory:
+    if memory is not None and shm and shm + _LEAST_MEMORY > memory:
         total = format_size(shm + _LEAST_MEMORY)
         raise SpecError(
             f"{format_size(memory)} is less than {total}: {format_size(shm)} of shared memory, which counts as memory, "
@@ -793,6 +811,17 @@ def _volume(claim: str) -> str:
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
+def _check_found_again(job: Json, run_id: str) -> None:
+    """SpecError where an overlay or `labels` took away what a run is found by."""
+    ids = (words.labels_of(obj).get(words.RUN_ID) for obj in (job, job["spec"]["template"]))
+    if {job["metadata"]["name"], *ids} != {run_id} or not words.is_ours(job) or not _inline_job(job):
+        raise SpecError(
+            "a run is found by its name, its labels app.kubernetes.io/managed-by and cvlaunch/run-id, and its pods' "
+            f"annotation {words.JOB_JSON}: leave them as they are, in the target's `labels`, too",
+            key="overlay",
+        )
+
+
 def _documents(text: str) -> list[Json]:
     return [document for document in yaml.safe_load_all(text) if document]
 
@@ -856,8 +885,13 @@ def _state(pod: Json) -> Mapping[str, Any]:
     return words.main_container(pod).get("state") or {}
 
 
+def _resources(node: Json) -> Mapping[str, str]:
+    """What pods may have of it."""
+    return (node.get("status") or {}).get("allocatable") or {}
+
+
 def _allocatable(node: Json, resource: str) -> int:
-    return int((node.get("status") or {}).get("allocatable", {}).get(resource, 0))
+    return int(_resources(node).get(resource, 0))
 
 
 def _kueue_reason(workload: Json) -> str:

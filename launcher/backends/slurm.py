@@ -52,6 +52,7 @@ from launcher.status import State, Status
 from launcher.stores import Store, file_uri, join_uri, open_store, path_of, scheme
 from launcher.stores.remote import RemoteStore
 from launcher.supervised import ended_state
+from launcher.watch import seldom
 
 __all__ = ["SlurmBackend", "SlurmTarget", "inline_job"]
 
@@ -74,8 +75,6 @@ _REQUEUE_SEEN_S = 300.0
 """How long SLURM may take to show a job that went back into the queue."""
 _AT_ONCE = 4
 """Arrays that are handed over at the same time; sshd takes ten sessions over one connection."""
-_ASK_EVERY_S = 5.0
-"""For the controller's sake, however often somebody looks at the log."""
 
 
 def _like(pattern: str, words: str) -> AfterValidator:
@@ -506,7 +505,7 @@ class SlurmBackend:
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """The runner's log; what SLURM has of its output, where it ended before it could write one."""
         native = _Native.of(handle)
-        ended = _seldom(lambda: self.status([handle])[handle].state.terminal)
+        ended = seldom(lambda: self.status([handle])[handle].state.terminal)
         seen = False
         job_file = None if since.startswith(PRINTED) else self._job_file(native.run_id)
         if job_file is not None:
@@ -729,19 +728,6 @@ def inline_job(script: str) -> JobFile:
     if match is None:
         raise SpecError("its script holds no job of cvlaunch (CVLAUNCH_JOB)")
     return JobFile.from_bytes(match[1].encode())
-
-
-def _seldom(ask: Callable[[], bool]) -> Callable[[], bool]:
-    """Asks every few seconds; True stays."""
-    asked_at, answer = -math.inf, False
-
-    def ended() -> bool:
-        nonlocal asked_at, answer
-        if not answer and time.monotonic() - asked_at >= _ASK_EVERY_S:
-            answer, asked_at = ask(), time.monotonic()
-        return answer
-
-    return ended
 
 
 # -- what SLURM's words mean ------------------------------------------------------------------------------------------

@@ -378,6 +378,10 @@ def test_a_queue_holds_the_job_until_it_is_admitted(kube: KubeCluster, namespace
     assert condition(kube.objects("workload", namespace)[0], "QuotaReserved")["reason"] == "Pending"
     kube.admit(namespace, "one")
     kube.wait(lambda: kube.pods(namespace, "one"))
+    kube.preempt_workload(namespace, "one")
+    kube.wait(lambda: not kube.pods(namespace, "one"))
+    found = kube.get("job", namespace, "one") or {}
+    assert (condition(found, "Suspended")["status"], found["status"].get("failed", 0)) == ("True", 0)
 
 
 # -- pods that run ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tests.services.kube.objects import Store
 from tests.services.kube.resources import CORE
 from tests.services.kube.times import parse_quantity, random_suffix, whole
 
-__all__ = ["UID_RANGE", "admit_pod", "check_count_quota", "pod_requests", "violations"]
+__all__ = ["UID_RANGE", "admit_pod", "check_count_quota", "pod_requests", "quality_of_service", "violations"]
 
 Json = dict[str, Any]
 
@@ -227,6 +227,18 @@ def pod_requests(spec: Json) -> dict[str, Decimal]:
         for name, value in container["resources"].get("requests", {}).items():
             found[name] = found.get(name, Decimal(0)) + parse_quantity(value)
     return found
+
+
+def quality_of_service(spec: Json) -> str:
+    asked = [container["resources"] for container in spec["containers"]]
+    if not any(resources.get("limits") or resources.get("requests") for resources in asked):
+        return "BestEffort"
+    both = all(
+        name in resources.get("limits", {}) and resources["requests"].get(name) == resources["limits"][name]
+        for resources in asked
+        for name in ("cpu", "memory")
+    )
+    return "Guaranteed" if both else "Burstable"
 
 
 def _usage(spec: Json) -> dict[str, Decimal]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.services.kube.admission import admit_pod, check_count_quota, violations
+from tests.services.kube.admission import admit_pod, check_count_quota, quality_of_service, violations
 from tests.services.kube.answers import ApiError, Causes, bad_request, conflict, invalid, not_found
 from tests.services.kube.defaults import apply_defaults, pod_template_of
 from tests.services.kube.objects import Json, Key, Store, grace_of, labels_match, parse_selector
@@ -128,7 +128,7 @@ class Api:
 
     def _completed(self, resource: Resource, obj: Json) -> Json:
         first_status: dict[str, Json] = {
-            "pods": {"phase": "Pending", "qosClass": "Burstable"},
+            "pods": {"phase": "Pending"},
             "jobs": {},
             "namespaces": {"phase": "Active"},
             "persistentvolumeclaims": {"phase": "Pending"},
@@ -136,6 +136,8 @@ class Api:
         }
         if resource.name in first_status:
             obj.setdefault("status", first_status[resource.name])
+        if resource.name == "pods":
+            obj["status"]["qosClass"] = quality_of_service(obj["spec"])
         return obj
 
     def _furnish(self, namespace: str) -> None:

@@ -344,7 +344,6 @@ class KubeCluster:
         """No webhook and no rule refuses anything any more."""
         self.api.denials.clear()
         self._settings.forbidden.clear()
-        self.store.change(("namespaces", "", "default"), lambda obj: obj["metadata"].setdefault("annotations", {}))
 
     def forbid(self, verb: str, resource: str, namespace: str | None = None) -> None:
         """RBAC: the user may not. `*` is any verb or resource; subresources as `pods/log`."""
@@ -381,9 +380,10 @@ class KubeCluster:
         """The next requests for a further page get 410."""
         self.fail(410, path=r"[?&]continue=", times=times)
 
-    def cut_logs(self, *, after: int, times: int = 1) -> None:
-        """The next streams of logs end after so many lines, as if a proxy had closed the connection."""
-        self._settings.cuts.append(Cut(after, times))
+    def cut_logs(self, *, after: int, times: int = 1, clean: bool = False) -> None:
+        """The next streams of logs end after so many lines: as if a proxy had closed the connection, or, clean, as if
+        that were all."""
+        self._settings.cuts.append(Cut(after, times, clean))
 
     def expire_tokens(self, *, renew: bool = True) -> str:
         """No token in use is good any more. renew: kubeconfig and plug-in have the new one (which is returned)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import shutil
 import threading
 import time
 import traceback
@@ -147,6 +148,8 @@ class Controllers:
     def _claim(self, key: Key) -> None:
         with self._store.lock:
             claim = self._store.get(key)
+            if claim is None:
+                self._reclaim(key)
             if claim is None or claim["status"].get("phase") == "Bound" or "deletionTimestamp" in claim["metadata"]:
                 return
             classes = {c["metadata"]["name"]: c for c in self._store.list("storageclasses")}
@@ -160,6 +163,14 @@ class Controllers:
                 record(self._store, claim, "ExternalProvisioning", message, source="persistentvolume-controller")
             else:
                 self._bind(key, claim, name)
+
+    def _reclaim(self, key: Key) -> None:
+        """A volume goes with its claim, with all that is in it."""
+        for volume in self._store.list("persistentvolumes"):
+            claim = volume["spec"].get("claimRef", {})
+            if (claim.get("namespace"), claim.get("name")) == key[1:]:
+                self._store.delete(("persistentvolumes", "", volume["metadata"]["name"]))
+                shutil.rmtree(volume["spec"]["hostPath"]["path"], ignore_errors=True)
 
     def _unbound(self, claim: Json, name: str) -> None:
         message = f'storageclass.storage.k8s.io "{name}" not found'

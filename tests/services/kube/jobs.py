@@ -189,7 +189,7 @@ class Jobs:
             record(self._store, work.job, "Completed", "Job completed", source="job-controller")
 
     def _suspend(self, work: _Work) -> None:
-        self._stop(work, work.active)
+        self._stop(work, work.active, counted=False)
         work.status.pop("startTime", None)
         if (_condition(work.status, "Suspended") or {}).get("status") != "True":
             _set_condition(work.status, "Suspended", "True", "JobSuspended", "Job suspended")
@@ -201,9 +201,12 @@ class Jobs:
             work.status["startTime"] = now()
             record(self._store, work.job, "Resumed", "Job resumed", source="job-controller")
 
-    def _stop(self, work: _Work, pods: list[Json]) -> None:
+    def _stop(self, work: _Work, pods: list[Json], *, counted: bool = True) -> None:
+        """counted: they are failures, too."""
         for pod in list(pods):
-            pods.remove(pod)
+            work.active.remove(pod)
+            if not counted:
+                self._untrack(pod)
             left = self._store.delete(_key(pod), grace_s=grace_of(_key(pod), pod))
             record(self._store, work.job, "SuccessfulDelete", f"Deleted pod: {_key(pod)[2]}", source="job-controller")
             if left and left["metadata"]["deletionGracePeriodSeconds"]:
@@ -216,8 +219,8 @@ class Jobs:
     def _replace(self, key: Key, work: _Work) -> None:
         spec = work.job["spec"]
         busy = [*work.active, *(work.terminating if spec["podReplacementPolicy"] == "Failed" else ())]
-        if surplus := len(work.active) - spec["parallelism"]:
-            self._stop(work, work.active[-surplus:] if surplus > 0 else [])
+        if (surplus := len(work.active) - spec["parallelism"]) > 0:
+            self._stop(work, work.active[-surplus:], counted=False)
         if spec["completionMode"] == "Indexed":
             taken = {_index(pod) for pod in busy} | _indexes(work.status.get("completedIndexes", ""))
             free = [index for index in range(spec["completions"]) if index not in taken]

@@ -44,7 +44,7 @@ class _Stopped(Exception):  # noqa: N818 nothing is wrong
 
 
 class Kubelet:
-    """memory, disk: where the pods' folders are made. images: names that stand for others, as a registry's would."""
+    """folder: where those of the pods are made. images: names that stand for others, as a registry's would."""
 
     def __init__(self, store: Store, folder: PodFolders, *, owner: str, token: Callable[[], str]) -> None:
         self.store, self.folder, self.owner, self.token = store, folder, owner, token
@@ -101,15 +101,15 @@ class Kubelet:
         if key[0] != "pods" or self.closed:
             return
         uid = obj["metadata"]["uid"]
-        worker = self.workers.get(uid)
-        if worker:
-            worker.poke(gone=kind == "DELETED")
+        known = self.workers.get(uid)
+        if known:
+            known.poke(gone=kind == "DELETED")
         elif kind != "DELETED" and obj["spec"].get("nodeName") and obj["status"].get("phase") == "Pending":
             self.workers[uid] = PodWorker(self, key, obj)
             self.workers[uid].thread.start()
         if obj["spec"].get("subdomain"):
             for other in list(self.workers.values()):
-                if other is not worker and other.key[1] == key[1]:
+                if other is not known and other.key[1] == key[1]:
                     other.poke()
 
     def _clean(self) -> None:

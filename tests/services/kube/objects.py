@@ -208,6 +208,8 @@ class Store:
         def mutate(obj: Json) -> None:
             meta = obj["metadata"]
             meta["ownerReferences"] = [r for r in meta["ownerReferences"] if r["uid"] != uid]
+            if not meta["ownerReferences"]:
+                meta.pop("ownerReferences")
 
         for key in sorted(self._dependents.get(uid, ())):
             self.change(key, mutate)

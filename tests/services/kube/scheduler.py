@@ -79,7 +79,7 @@ def _mark(store: Store, key: Key, status: str, reason: str, message: str) -> Non
 
 
 def _set(status: Json, condition: Json) -> None:
-    old = next((c for c in status.get("conditions", ()) if c["type"] == condition["type"]), {})
+    old: Json = next((c for c in status.get("conditions", ()) if c["type"] == condition["type"]), {})
     if {k: v for k, v in old.items() if k not in ("lastProbeTime", "lastTransitionTime")} == condition:
         return
     others = [c for c in status.get("conditions", ()) if c["type"] != condition["type"]]

@@ -423,7 +423,7 @@ class Server:
             await response.write(line)
             sent += 1
             if cut and sent >= cut.lines:
-                if request.transport:
+                if request.transport and not cut.clean:
                     await asyncio.sleep(0)
                     request.transport.close()
                 return response

@@ -31,10 +31,11 @@ _STDIN, _STDOUT, _STDERR, _ERROR, _RESIZE, _CLOSE = 0, 1, 2, 3, 4, 255
 
 @dataclass
 class Cut:
-    """Ends a stream of logs after so many lines, without a word."""
+    """Ends a stream of logs after so many lines. clean: in good order."""
 
     lines: int
     times: int
+    clean: bool
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------

@@ -133,9 +133,10 @@ def _placing(path: Path | None, targets: Targets, selected: Selected) -> Iterato
         if error.file is not None or error.key is None:
             raise
         key = error.key.partition(".")[0]
-        if key in type(selected.target).model_fields and key not in JobSpec.model_fields:
+        written = _placed(error, path)
+        if key in type(selected.target).model_fields and (key not in JobSpec.model_fields or written.line is None):
             raise targets.placed(error, selected.name) from error
-        raise _placed(error, path) from error
+        raise written from error
 
 
 def _placed(error: SpecError, path: Path | None) -> SpecError:

@@ -315,8 +315,8 @@ class KubernetesBackend:
             others = sorted({name for node in nodes for name in _resources(node) if is_gpu(name)} - {kind})
             message = f"{resources.gpus} x {kind} on one node wanted, and no node has more than {most}: ask for fewer"
             if not most:
-                there = ", ".join(others) or "no GPUs"
-                message = f"no node has {kind}: see gpu_resource of the target; there are {there}"
+                named = ", ".join(others) or "no GPUs"
+                message = f"no node has {kind}: see gpu_resource of the target; there are {named}"
             yield Problem("resources.gpus", f"{message}; or, {way_out}")
             return
         wanted = node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values)
@@ -331,7 +331,7 @@ class KubernetesBackend:
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         job, *others = _documents(plan.text)
-        _check_found_again(job, plan.run_id)
+        self._check_found_again(job, plan.run_id)
         if attempt > 1:
             self._clear(plan.run_id)
             job["spec"]["template"]["metadata"]["labels"][words.SUBMISSION] = str(attempt)
@@ -348,6 +348,16 @@ class KubernetesBackend:
             self._cluster.delete(self._job_path(plan.run_id))
             raise
         return self._handle(plan.run_id)
+
+    def _check_found_again(self, job: Json, run_id: str) -> None:
+        """SpecError where an overlay or `labels` took away what a run is found by."""
+        ids = (words.labels_of(obj).get(words.RUN_ID) for obj in (job, job["spec"]["template"]))
+        if {job["metadata"]["name"], *ids} != {run_id} or not words.is_ours(job) or not _inline_job(job):
+            raise SpecError(
+                "a run is found by its name, by the labels app.kubernetes.io/managed-by and cvlaunch/run-id of Job and "
+                f"pods, and by their annotation {words.JOB_JSON}: leave them as they are",
+                key="labels" if self.target.overlay is None else "overlay",
+            )
 
     @contextlib.contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -809,17 +819,6 @@ def _volume(claim: str) -> str:
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------
-
-
-def _check_found_again(job: Json, run_id: str) -> None:
-    """SpecError where an overlay or `labels` took away what a run is found by."""
-    ids = (words.labels_of(obj).get(words.RUN_ID) for obj in (job, job["spec"]["template"]))
-    if {job["metadata"]["name"], *ids} != {run_id} or not words.is_ours(job) or not _inline_job(job):
-        raise SpecError(
-            "a run is found by its name, its labels app.kubernetes.io/managed-by and cvlaunch/run-id, and its pods' "
-            f"annotation {words.JOB_JSON}: leave them as they are, in the target's `labels`, too",
-            key="overlay",
-        )
 
 
 def _documents(text: str) -> list[Json]:

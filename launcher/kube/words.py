@@ -31,6 +31,7 @@ __all__ = [
     "annotations_of",
     "completion_index",
     "condition",
+    "is_ours",
     "is_over",
     "labels_of",
     "main_container",
@@ -114,6 +115,11 @@ def labels_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
 
 def annotations_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
     return obj["metadata"].get("annotations") or {}
+
+
+def is_ours(obj: Mapping[str, Any]) -> bool:
+    key, _, name = MANAGED.partition("=")
+    return labels_of(obj).get(key) == name
 
 
 def completion_index(pod: Mapping[str, Any]) -> int:

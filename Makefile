@@ -8,7 +8,7 @@ SAME   := $(VENV)/constraints.txt
 PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(SAME)
 PYTEST ?= -n 2 --dist worksteal
 
-.PHONY: demo test check test-wheel bench schema lock pin-base clean
+.PHONY: demo test test-cluster check test-wheel bench schema lock pin-base clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/digits/make_data.py
@@ -19,6 +19,12 @@ test: $(VENV)/.test
 	tests/services/install
 	$(BIN)/python -m tests.services.image
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The promises and the trainings on a real cluster. KEYS: further keys of the target, such as {namespace: vision}.
+test-cluster: $(VENV)/.test
+	CVLAUNCH_TEST_CONTEXT='$(CONTEXT)' CVLAUNCH_TEST_IMAGE='$(IMAGE)' CVLAUNCH_TEST_OUTPUT='$(OUTPUT)' \
+	CVLAUNCH_TEST_BACKEND='$(BACKEND)' CVLAUNCH_TEST_KEYS='$(KEYS)' \
+	$(BIN)/python -m pytest tests/test_conformance.py tests/test_kube_training.py -k 'real and not container_backend'
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

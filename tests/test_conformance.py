@@ -15,6 +15,7 @@ from tests.services.charliecloud import mount_image
 from tests.worlds.container import ContainerWorld
 from tests.worlds.kubernetes import kubernetes_world
 from tests.worlds.local import LocalWorld
+from tests.worlds.real_cluster import REAL, RealWorld
 from tests.worlds.slurm import SlurmWorld
 
 MakeWorld = Callable[[pytest.FixtureRequest], Callable[[Path], World]]
@@ -53,6 +54,8 @@ WORLDS: dict[str, MakeWorld] = {
     "slurm without accounting": _slurm("slurm_session_without_accounting"),
 }
 """The first word is the backend's name."""
+if (cluster := REAL) is not None:
+    WORLDS[f"{cluster.backend} that is real"] = lambda request: functools.partial(RealWorld, cluster=cluster)
 NEEDS = {
     "container": ["podman", "debootstrap"],
     "kubernetes": ["podman", "debootstrap"],

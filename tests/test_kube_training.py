@@ -21,8 +21,9 @@ from launcher.submission import push_channels
 from launcher.testing.conformance import text_of
 from tests.services.podman import locked, podman
 from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
+from tests.worlds.real_cluster import REAL, RealWorld
 
-pytestmark = pytest.mark.needs("podman", "debootstrap")
+pytestmark = pytest.mark.needs(*(("podman", "debootstrap") if REAL is None else ()))
 
 DIGITS = Path(__file__).parents[1] / "examples/digits"
 LONGER = {"train.batch": "2", "train.image_size": "64"}
@@ -62,9 +63,13 @@ def at_home(digits: Path) -> Callable[..., Run]:
     return lambda **changes: trained(tuple(changes.items()))
 
 
-@pytest.fixture(scope="session", params=["kubernetes"])  # an image is built before a test has a home of its own
+@pytest.fixture(
+    scope="session", params=["kubernetes"] if REAL is None else ["that is real"]
+)  # an image is built before a test has a home of its own
 def make_world(request: pytest.FixtureRequest) -> Callable[[Path], KubernetesWorld]:
     """Results and data in S3 on a plain cluster, on a claim on OpenShift. rclone is quick with many small files."""
+    if request.param == "that is real" and REAL is not None:
+        return functools.partial(RealWorld, cluster=REAL)
     return kubernetes_world(request, request.param, server="rclone_s3")
 
 
@@ -138,7 +143,7 @@ def test_a_training_is_the_one_at_home_and_the_container_backend_s(
     assert run.record.plan["unpinned"] == []
 
 
-@pytest.mark.parametrize("make_world", ["kubernetes", "openshift"], indirect=True)
+@pytest.mark.parametrize("make_world", ["kubernetes", "openshift"] if REAL is None else ["that is real"], indirect=True)
 def test_an_evicted_training_ends_with_the_same_numbers(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:

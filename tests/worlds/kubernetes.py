@@ -18,7 +18,7 @@ from launcher.testing import ContainerFacts
 from tests.services.kube import KubeCluster
 from tests.services.s3 import S3Server
 
-__all__ = ["KubernetesWorld", "kubernetes_world"]
+__all__ = ["KubernetesWorld", "facts_of", "kubernetes_world"]
 
 _SECRET = "s3-keys"
 _IMAGE = "registry.example.com/cvlaunch/trainer:test"
@@ -73,28 +73,7 @@ class KubernetesWorld:
         return "/opt/venv/bin/python"
 
     def facts(self, text: str, files: Mapping[str, bytes | str]) -> ContainerFacts:
-        job = next(yaml.safe_load_all(text))
-        template = job["spec"]["template"]
-        pod = template["spec"]
-        (container,) = pod["containers"]
-        asked, volumes = container["resources"], {volume["name"]: volume for volume in pod["volumes"]}
-        limits = asked["limits"]
-        sources = volumes.get("secrets", {}).get("projected", {}).get("sources", ())
-        return ContainerFacts(
-            argv=container["command"],
-            env={entry["name"]: entry["value"] for entry in container["env"] if "value" in entry},
-            job=yaml.safe_load(template["metadata"]["annotations"][JOB_JSON]),
-            gpus=int(limits.get("nvidia.com/gpu", 0)),
-            nodes=job["spec"].get("completions", 1),
-            image=container["image"],
-            cpus=float(asked["requests"]["cpu"]) if "cpu" in asked["requests"] else None,
-            memory=parse_size(limits["memory"]) if "memory" in limits else None,
-            shm=parse_size(volumes["shm"]["emptyDir"]["sizeLimit"]) if "shm" in volumes else None,
-            disk=parse_size(limits["ephemeral-storage"]),
-            grace_s=float(pod["terminationGracePeriodSeconds"]),
-            timeout_s=float(pod["activeDeadlineSeconds"]) if "activeDeadlineSeconds" in pod else None,
-            secrets=frozenset(item["path"] for source in sources for item in source["secret"]["items"]),
-        )
+        return facts_of(text)
 
     def sent(self, handle: Handle) -> str:
         """What the cluster got, in the form of a rendering."""
@@ -121,6 +100,32 @@ class KubernetesWorld:
         while not [pod for pod in self.pods(handle) if pod["status"].get("phase") == "Running"]:
             assert time.monotonic() < deadline, self.cluster.objects("pods", self.namespace)
             time.sleep(0.05)
+
+
+def facts_of(text: str) -> ContainerFacts:
+    """Of a manifest that our template made."""
+    job = next(yaml.safe_load_all(text))
+    template = job["spec"]["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    asked, volumes = container["resources"], {volume["name"]: volume for volume in pod["volumes"]}
+    limits = asked["limits"]
+    sources = volumes.get("secrets", {}).get("projected", {}).get("sources", ())
+    return ContainerFacts(
+        argv=container["command"],
+        env={entry["name"]: entry["value"] for entry in container["env"] if "value" in entry},
+        job=yaml.safe_load(template["metadata"]["annotations"][JOB_JSON]),
+        gpus=int(limits.get("nvidia.com/gpu", 0)),
+        nodes=job["spec"].get("completions", 1),
+        image=container["image"],
+        cpus=float(asked["requests"]["cpu"]) if "cpu" in asked["requests"] else None,
+        memory=parse_size(limits["memory"]) if "memory" in limits else None,
+        shm=parse_size(volumes["shm"]["emptyDir"]["sizeLimit"]) if "shm" in volumes else None,
+        disk=parse_size(limits["ephemeral-storage"]),
+        grace_s=float(pod["terminationGracePeriodSeconds"]),
+        timeout_s=float(pod["activeDeadlineSeconds"]) if "activeDeadlineSeconds" in pod else None,
+        secrets=frozenset(item["path"] for source in sources for item in source["secret"]["items"]),
+    )
 
 
 def kubernetes_world(

@@ -101,6 +101,12 @@ def end_of(kube: KubeCluster, namespace: str, name: str) -> Json:
     return kube.wait_for("job", namespace, name, ended)
 
 
+def exit_of(kube: KubeCluster, namespace: str, name: str) -> tuple[int, str]:
+    """(code, reason) of the container of the job's first pod"""
+    terminated = kube.pods(namespace, name)[0]["status"]["containerStatuses"][0]["state"]["terminated"]
+    return terminated["exitCode"], terminated["reason"]
+
+
 def running(kube: KubeCluster, namespace: str, name: str, *, count: int = 1) -> list[str]:
     """Names of the job's pods, once so many of them run."""
 
@@ -474,7 +480,8 @@ def test_the_pod_is_as_it_was_described(kube: KubeCluster, core: client.CoreV1Ap
 def test_an_evicted_pod_is_replaced_and_not_counted(kube: KubeCluster, namespace: str, runnable: None) -> None:
     script = "trap 'echo stopping; exit 75' TERM; while :; do sleep 0.02; done"
     policy = {"rules": [IGNORE_DISRUPTION, FAIL_ON_64]}
-    kube.create("job", namespace, job("one", script, podFailurePolicy=policy))
+    short = {"terminationGracePeriodSeconds": 1}  # the first TERM may come before the trap is set
+    kube.create("job", namespace, job("one", script, pod=short, podFailurePolicy=policy))
     first = running(kube, namespace, "one")[0]
     kube.evict(namespace, first)
     second = kube.wait(lambda: [name for name in running(kube, namespace, "one") if name != first])[0]
@@ -484,8 +491,19 @@ def test_an_evicted_pod_is_replaced_and_not_counted(kube: KubeCluster, namespace
     kube.kill_container(namespace, second)
     end = end_of(kube, namespace, "one")
     assert end["status"]["failed"] == 1
-    terminated = kube.pods(namespace, "one")[0]["status"]["containerStatuses"][0]["state"]["terminated"]
-    assert (terminated["exitCode"], terminated["reason"]) == (137, "OOMKilled")
+    assert exit_of(kube, namespace, "one") == (137, "OOMKilled")
+
+
+GREEDY = "x=$(head -c 100000000 /dev/zero | tr '\\0' a)"
+
+
+@needs_podman
+@pytest.mark.parametrize(("script", "reason"), [(GREEDY, "OOMKilled"), ("kill -9 $$ & exit 137", "Error")])
+def test_memory_has_a_limit(kube: KubeCluster, namespace: str, runnable: None, script: str, reason: str) -> None:
+    container = {"resources": {"limits": {"memory": "30Mi"}}}
+    kube.create("job", namespace, job("one", script, container=container))
+    end_of(kube, namespace, "one")
+    assert exit_of(kube, namespace, "one") == (137, reason)
 
 
 @needs_podman

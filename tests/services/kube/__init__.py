@@ -6,10 +6,9 @@ them, pod security `restricted`, OpenShift's restricted-v2, quotas, webhooks, th
 the scheduler's words, volumes, users and groups, exit codes, logs, exec, port-forward.
 
 Otherwise than the real one: plain HTTP; the network is this machine's, so that two pods can't listen on the same
-port, and names of headless services stand in /etc/hosts; back-off takes fractions of a second; a container with a
-memory limit that dies of SIGKILL has been killed for its memory, whoever did it; limits of CPUs and disks, probes,
-sidecars, lifecycle hooks and GPUs themselves are nobody's; a claim is a folder of any size; Deployments, StatefulSets
-and Notebooks are objects that nothing follows from.
+port, and names of headless services stand in /etc/hosts; back-off takes fractions of a second; limits of
+CPUs and disks, probes, sidecars, lifecycle hooks and GPUs themselves are nobody's; a claim is a folder of any size;
+Deployments, StatefulSets and Notebooks are objects that nothing follows from.
 """
 
 from __future__ import annotations

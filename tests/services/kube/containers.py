@@ -112,9 +112,11 @@ def start_container(launch: Launch, restart: int) -> ContainerRun:
     launch.message.chmod(0o666)
     secret = {name: launch.environment.values[name] for name in launch.environment.secret}
     run = ContainerRun(launch, restart, time.time())
+    _monitor_folder(launch).mkdir(exist_ok=True)
     done = subprocess.run(
         ["podman", "run", *_options(launch), launch.image.id, *_arguments(launch)],
-        env={**os.environ, **secret}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        env={**os.environ, **secret}, cwd=_monitor_folder(launch), stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         run.failure = done.stderr.strip().removeprefix("Error: ")
@@ -122,6 +124,12 @@ def start_container(launch: Launch, restart: int) -> ContainerRun:
     run.id, run.started = done.stdout.strip(), time.time()
     run.watched, run.process = (_descriptor(Path(f"{launch.pids}.{kind}")) for kind in ("monitor", "pid"))
     return run
+
+
+def _monitor_folder(launch: Launch) -> Path:
+    """Where conmon works, which writes an empty file `oom` there when the kernel kills for memory. (Podman 4.3 looks
+    for it elsewhere, and says OOMKilled: false.)"""
+    return Path(f"{launch.pids}.monitor-folder")
 
 
 def _descriptor(file: Path) -> int:
@@ -192,9 +200,8 @@ def _bind(source: Path, target: str, *, read_only: bool = False) -> Iterator[str
 
 def _terminated(run: ContainerRun) -> Json:
     code, ended = _exit(run)
-    limited = "memory" in run.launch.container["resources"].get("limits", {})
     reason = "Completed" if code == 0 else "Error"
-    if run.killed == "OOMKilled" or (code == 137 and not run.killed and limited):
+    if code and (run.killed == "OOMKilled" or (_monitor_folder(run.launch) / "oom").exists()):
         reason = "OOMKilled"
     message = _message(run, code)
     return {

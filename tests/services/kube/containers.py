@@ -25,6 +25,7 @@ Json = dict[str, Any]
 
 LABEL = "cvlaunch-test-kube"
 """Of all containers of a cluster; its value is the process that the cluster lives in."""
+_PODMAN_FAILED = 125
 _MESSAGE_BYTES, _FALLBACK_BYTES, _FALLBACK_LINES = 4096, 2048, 80
 
 
@@ -113,17 +114,26 @@ def start_container(launch: Launch, restart: int) -> ContainerRun:
     secret = {name: launch.environment.values[name] for name in launch.environment.secret}
     run = ContainerRun(launch, restart, time.time())
     _monitor_folder(launch).mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["podman", "run", *_options(launch), launch.image.id, *_arguments(launch)],
-        env={**os.environ, **secret}, cwd=_monitor_folder(launch), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    done = _podman_run(launch, {**os.environ, **secret})
     if done.returncode:
         run.failure = done.stderr.strip().removeprefix("Error: ")
         return run
     run.id, run.started = done.stdout.strip(), time.time()
     run.watched, run.process = (_descriptor(Path(f"{launch.pids}.{kind}")) for kind in ("monitor", "pid"))
     return run
+
+
+def _podman_run(launch: Launch, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Again if podman itself failed, as it may while another process removes an image or a container."""
+    for more in ([], ["--replace"], ["--replace"]):
+        done = subprocess.run(
+            ["podman", "run", *more, *_options(launch), launch.image.id, *_arguments(launch)],
+            env=environ, cwd=_monitor_folder(launch), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode != _PODMAN_FAILED:
+            break
+    return done
 
 
 def _monitor_folder(launch: Launch) -> Path:

@@ -67,7 +67,7 @@ print(json.dumps({{**spent, "mib": peak, "found": found}}))
 
 def main() -> int:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    with tempfile.TemporaryDirectory() as scratch, kube_cluster(Path(scratch) / "cluster") as cluster:
+    with tempfile.TemporaryDirectory() as scratch, kube_cluster(Path(scratch) / "cluster", alive=False) as cluster:
         namespace = cluster.namespace("bench")
         fill(cluster, namespace)
         results: dict[str, list[dict[str, Any]]] = {"cvlaunch": [], "kubernetes": []}
@@ -78,8 +78,7 @@ def main() -> int:
 
 
 def fill(cluster: KubeCluster, namespace: str) -> None:
-    """As the controllers would have left them; those of this cluster have nothing more to do."""
-    cluster.controllers.close()
+    """As controllers and kubelets would have left them; this cluster has none."""
     job = JobSpec.model_validate(
         {"name": "bench", "image": "registry.example.com/trainer:1", "command": ["true"], "output": "s3://bucket/runs"}
     )

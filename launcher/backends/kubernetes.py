@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -76,6 +76,8 @@ _USUAL_MEMORY = 2 << 30
 _AROUND_TIMEOUT_S = 15 * 60
 """The pod's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
 _AT_ONCE = 8
+_TELLING = "type=Warning,reason!=FailedScheduling,reason!=Failed,reason!=BackOff"
+"""Events of Jobs and of pods in one call; not those that the pod's own status repeats."""
 _NAMES_A_CALL = 100
 """Of runs, in the label selector of one LIST: it travels in the URL."""
 _GONE_S = 120.0
@@ -443,8 +445,8 @@ class KubernetesBackend:
         """One LIST of Jobs for all; pods only of those that wait or have just ended. What can never start is ended."""
         run_ids = [handle.native for handle in handles]
         jobs = {job["metadata"]["name"]: job for job in self._jobs(run_ids)}
-        seen = self._seen({run_id: jobs.get(run_id) for run_id in run_ids})
         now = time.time()
+        seen = self._seen({run_id: jobs.get(run_id) for run_id in run_ids}, now)
         given_up = False
         for run_id, found in seen.items():
             why = words.stuck(found, now=now, patience_s=self.target.pull_patience)
@@ -452,7 +454,8 @@ class KubernetesBackend:
                 self._end(run_id, why)
                 given_up = True
         if given_up:
-            seen = self._seen({run_id: self._job(run_id) if found.job else None for run_id, found in seen.items()})
+            again = {run_id: self._job(run_id) if found.job else None for run_id, found in seen.items()}
+            seen = self._seen(again, now)
         return {handle: words.status_of(seen[handle.native], now=now) for handle in handles}
 
     def _has_begun(self, run_id: str) -> bool:
@@ -463,20 +466,22 @@ class KubernetesBackend:
         except CvlaunchError:
             return True
 
-    def _seen(self, jobs: Mapping[str, Json | None]) -> dict[str, Seen]:
+    def _seen(self, jobs: Mapping[str, Json | None], now: float) -> dict[str, Seen]:
         there = {run_id: job for run_id, job in jobs.items() if job is not None}
         over = [run_id for run_id, job in there.items() if words.needs_pods(job) and words.is_over(job)]
         waiting = [run_id for run_id, job in there.items() if words.needs_pods(job) and not words.is_over(job)]
         pods = self._pods([*over, *waiting[: _NAMES_A_CALL - len(over) % _NAMES_A_CALL]])
-        without = [run_id for run_id in waiting if not pods.get(run_id)]
-        refused = self._refusals(without) if without else {}
+        slow = [pod for found in pods.values() for pod in found if words.slow_to_set_up(pod, now)]
+        warnings = self._warnings() if slow or not pods.keys() >= {*waiting} else []
+        refused, held = _refusals(warnings), _held(warnings, slow, now)
         queued = [job for job in there.values() if job["spec"].get("suspend") and not words.is_over(job)]
         queue = self._queue_words() if queued else {}
         return {
             run_id: Seen(
                 job,
                 pods=_of_this_job(pods.get(run_id, ()), job),
-                refused=refused.get(run_id, ""),
+                refused=refused.get(job["metadata"]["uid"], "") if job else "",
+                held=held,
                 queue=queue.get(job["metadata"]["uid"], "") if job else "",
             )
             for run_id, job in jobs.items()
@@ -503,18 +508,13 @@ class KubernetesBackend:
             pods.sort(key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", pod["metadata"]["name"]))
         return found
 
-    def _refusals(self, run_ids: Iterable[str]) -> dict[str, str]:
-        """What the Job controller last said of pods that it could not make."""
+    def _warnings(self) -> list[Json]:
+        """What controllers and nodes have told lately, the oldest first. Pods say themselves what else there is."""
         try:
-            events = list(
-                self._cluster.list(self._cluster.path("events"), fields="involvedObject.kind=Job,reason=FailedCreate")
-            )
+            events = list(self._cluster.list(self._cluster.path("events"), fields=_TELLING))
         except AuthError:
-            return {}
-        wanted = {*run_ids}
-        events.sort(key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
-        said = {event["involvedObject"]["name"]: event.get("message", "") for event in events}
-        return {run_id: message for run_id, message in said.items() if run_id in wanted}
+            return []
+        return sorted(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
 
     def _queue_words(self) -> dict[str, str]:
         """By the Job's uid: why Kueue lets it wait."""
@@ -868,6 +868,19 @@ def _as_sent(found: Json) -> Json:
 
 
 _NOT_SENT = ("kubectl.kubernetes.io/last-applied-configuration", "batch.kubernetes.io/job-tracking", words.STOPPED)
+
+
+def _refusals(warnings: Sequence[Json]) -> dict[str, str]:
+    """By the Job's uid: what its controller last said of a pod that it could not make."""
+    said = [event for event in warnings if event.get("reason") == "FailedCreate"]
+    return {event["involvedObject"].get("uid", ""): event.get("message", "") for event in said}
+
+
+def _held(warnings: Sequence[Json], pods: Sequence[Json], now: float) -> dict[str, str]:
+    """By the pod's uid: what its node last said that it lacks."""
+    there = {pod["metadata"]["uid"]: pod for pod in pods}
+    told = [(uid, event) for event in warnings if (uid := event["involvedObject"].get("uid", "")) in there]
+    return {uid: said for uid, event in told if (said := words.held_by(event, there[uid], now))}
 
 
 def _any_of(run_ids: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,12 +31,14 @@ __all__ = [
     "annotations_of",
     "completion_index",
     "condition",
+    "held_by",
     "is_ours",
     "is_over",
     "labels_of",
     "main_container",
     "needs_pods",
     "seconds",
+    "slow_to_set_up",
     "status_of",
     "stuck",
 ]
@@ -70,6 +72,12 @@ _WAITING = {
 }
 """Why a container waits → our words in front of the kubelet's; others are steps on the way."""
 
+_SETTING_UP = ("", "ContainerCreating", "PodInitializing")
+_SET_UP_S = 20.0
+"""Usually less; a node tries again after 0.5, 1, 2, 4, … seconds."""
+_REPEATED_S = 300.0
+"""A node tries again every 2 minutes at least (kubernetes/kubernetes pkg/util/goroutinemap/exponentialbackoff)."""
+
 _NOT_SCHEDULED = {
     "Unschedulable": "no node takes it",
     "SchedulingGated": "a scheduling gate holds it back",
@@ -100,13 +108,15 @@ _OUT_OF_MEMORY = "out of memory: it used more than resources.memory, of which sh
 class Seen:
     """All that is known of one run. job: None is gone. pods: of this Job, the oldest first.
 
-    refused: what the Job controller said when it could make no pod. queue: why Kueue lets it wait.
+    refused: what the Job controller said when it could make no pod. queue: why Kueue lets it wait. held: uid of a pod →
+    what its node lacks to set it up.
     """
 
     job: Mapping[str, Any] | None
     pods: Sequence[Mapping[str, Any]] = ()
     refused: str = ""
     queue: str = ""
+    held: Mapping[str, str] = field(default_factory=dict)
 
 
 def labels_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
@@ -194,7 +204,9 @@ def _going_on(seen: Seen, job: Mapping[str, Any], now: float) -> Status:
         reason = seen.refused and f"the cluster makes no pod for it: {seen.refused}"
         native = "FailedCreate" if seen.refused else "Pending"
         return replace(facts, state=State.RESTARTING if again else State.QUEUED, native=native, reason=reason)
-    worst = min((_waiting(pod, now) for pod in waiting), key=lambda found: _ORDER.index(found.state))
+    held = seen.held
+    found = [_waiting(pod, now, held=held.get(pod["metadata"]["uid"], "")) for pod in waiting]
+    worst = min(found, key=lambda found: _ORDER.index(found.state))
     running = worst.state is State.RUNNING
     return replace(
         facts,
@@ -213,7 +225,7 @@ def _has_ended(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
 
 
-def _waiting(pod: Mapping[str, Any], now: float) -> Status:
+def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
     """Of a pod that has not ended."""
     status, node = pod.get("status") or {}, pod["spec"].get("nodeName", "")
     if pod["metadata"].get("deletionTimestamp"):
@@ -227,11 +239,30 @@ def _waiting(pod: Mapping[str, Any], now: float) -> Status:
         return Status(State.RUNNING, "Running", node=node)
     word, message = _why_waiting(pod, state)
     lead = _WAITING.get(word)
-    reason = _words(lead, message) if lead else ""
-    if not lead and (since := seconds(status.get("startTime"))) and now - since > 60:
+    reason = _words(lead, message) if lead else held and f"its node can't set it up: {held}"
+    if not reason and (since := seconds(status.get("startTime"))) and now - since > 60:
         reason = f"for {format_duration(now - since)}"
     native = f"Pending/{word}" if word else str(status.get("phase", "Pending"))
     return Status(State.STARTING if node else State.QUEUED, native, reason=reason, node=node)
+
+
+def slow_to_set_up(pod: Mapping[str, Any], now: float) -> bool:
+    """Whether its node has had the time to mount its volumes and to begin with its image."""
+    status = pod.get("status") or {}
+    word, _ = _why_waiting(pod, main_container(pod).get("state") or {})
+    since = seconds(status.get("startTime")) or now
+    return status.get("phase") == "Pending" and word in _SETTING_UP and now - since > _SET_UP_S
+
+
+def held_by(event: Mapping[str, Any], pod: Mapping[str, Any], now: float) -> str:
+    """What a warning tells of its pod, which is slow to set up; empty if it is no more so.
+
+    A Secret of the run comes after the Job: that it was not there in the first seconds means nothing.
+    """
+    last = seconds(event.get("lastTimestamp") or event.get("eventTime")) or 0.0
+    since = seconds((pod.get("status") or {}).get("startTime")) or now
+    holds = last > since + _SET_UP_S and last > now - _REPEATED_S
+    return f"{event.get('reason', '')}: {event.get('message', '')}" if holds else ""
 
 
 def _why_waiting(pod: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[str, str]:

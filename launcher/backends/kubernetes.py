@@ -53,7 +53,7 @@ from launcher.quantities import format_size
 from launcher.rules import RULES, ContainerRules
 from launcher.shm import SHM, size_as_written
 from launcher.spec import Duration, Model
-from launcher.status import Status
+from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, scheme
 from launcher.watch import seldom
 
@@ -447,16 +447,22 @@ class KubernetesBackend:
         jobs = {job["metadata"]["name"]: job for job in self._jobs(run_ids)}
         now = time.time()
         seen = self._seen({run_id: jobs.get(run_id) for run_id in run_ids}, now)
-        given_up = False
-        for run_id, found in seen.items():
-            why = words.stuck(found, now=now, patience_s=self.target.pull_patience)
-            if why and not (why.startswith(words.CAPACITY) and self._has_begun(run_id)):
-                self._end(run_id, why)
-                given_up = True
+        given_up = {run_id: why for run_id, found in seen.items() if (why := self._give_up(run_id, found, now))}
         if given_up:
-            again = {run_id: self._job(run_id) if found.job else None for run_id, found in seen.items()}
-            seen = self._seen(again, now)
-        return {handle: words.status_of(seen[handle.native], now=now) for handle in handles}
+            seen |= self._seen({run_id: self._job(run_id) for run_id in given_up}, now)
+        answers = {run_id: words.status_of(found, now=now) for run_id, found in seen.items()}
+        for run_id, why in given_up.items():
+            if seen[run_id].job is None:  # it was held back by a queue, and is deleted
+                answers[run_id] = Status(State.ERROR, "deleted", reason=why)
+        return {handle: answers[handle.native] for handle in handles}
+
+    def _give_up(self, run_id: str, found: Seen, now: float) -> str:
+        """Ends a run that can never start; why. Empty for all others."""
+        why = words.stuck(found, now=now, patience_s=self.target.pull_patience)
+        if not why or (why.startswith(words.CAPACITY) and self._has_begun(run_id)):
+            return ""
+        self._end(run_id, why)
+        return why
 
     def _has_begun(self, run_id: str) -> bool:
         """Pods that were evicted leave no trace in the cluster. Nobody knows: it has."""

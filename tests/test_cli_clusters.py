@@ -93,7 +93,7 @@ def test_setup_brings_images(call: Call, tmp_path: Path, monkeypatch: pytest.Mon
 
 REFUSED = {
     "another backend": ({}, ("setup", "local"), "local: the local backend has nothing to set up, to look at"),
-    "no such target": ({}, ("setup", "hcp"), "--target: unknown target 'hcp'; there are container, hpc, kubernetes, local"),
+    "no such target": ({}, ("setup", "hcp"), "--target: unknown target 'hcp'; there are container, hpc, kubernetes"),
     "an image without a tool": (
         {"python": sys.executable},
         ("setup", "hpc", "--image", "ghcr.io/a/b:1"),

@@ -156,6 +156,7 @@ def test_an_evicted_training_ends_with_the_same_numbers(
     lines = [line for line in text_of(run).splitlines() if line.startswith("resuming from step")]
     assert len(lines) == 1 and "step 0 in it" not in lines[0], text_of(run)
     assert series(run.metrics()) == series(at_home(**LONGER).metrics())
+    assert run.record.plan["job_digest"] == at_home(**LONGER).record.plan["job_digest"], "its image is not pinned"
 
 
 def test_two_nodes_train_as_two_processes_at_home(

@@ -12,6 +12,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: list[Answer | Callable[[Asked], Answer]] = [Answer()]
         self.asked: list[Asked] = []
+        self.clock: Callable[[], float] = time.time
         self.targets: list[str] = []
         """What stood in the request line."""
         server = self
@@ -76,6 +78,9 @@ class Server:
                 server._answer(self)
 
             do_GET = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string(server.clock() if timestamp is None else timestamp)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -426,6 +431,29 @@ def test_an_api_that_is_there_and_one_that_is_not(server: Server, reach: Callabl
     cluster = reach()
     assert [cluster.has_api(name) for name in ("v1", "kueue.x-k8s.io/v1beta1")] == [True, False]
     assert [asked.path for asked in server.asked] == ["/api/v1", "/apis/kueue.x-k8s.io/v1beta1"]
+
+
+@pytest.mark.parametrize(
+    ("there", "version"),
+    [(Answer(200, {"kind": "APIResourceList"}), "v1beta2"), (status(404, "page not found"), "v1beta1")],
+)
+def test_kueue_is_asked_in_the_version_that_it_has(
+    server: Server, reach: Callable[..., Cluster], there: Answer, version: str
+) -> None:
+    server.answers = [there, Answer(200, {"items": []})]
+    cluster = reach()
+    for resource in ("workloads", "localqueues"):
+        assert list(cluster.list(cluster.path(resource))) == []
+        assert server.asked[-1].path == f"/apis/kueue.x-k8s.io/{version}/namespaces/vision/{resource}"
+    assert [asked.path for asked in server.asked].count("/apis/kueue.x-k8s.io/v1beta2") == 1, "once is enough"
+
+
+@pytest.mark.parametrize(("ahead_s", "seen_s"), [(-3600, -3600), (7200, 7200), (2, 0)])
+def test_the_time_is_the_cluster_s(server: Server, reach: Callable[..., Cluster], ahead_s: int, seen_s: int) -> None:
+    server.clock = lambda: time.time() + ahead_s
+    cluster = reach()
+    cluster.get("/version")
+    assert cluster.now - time.time() == pytest.approx(seen_s, abs=2 if seen_s else 0.5)
 
 
 def test_a_stream_by_lines(server: Server, reach: Callable[..., Cluster]) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -32,7 +33,7 @@ Json = dict[str, Any]
 """An object of the API as it stands on the wire."""
 
 _RESOURCES: Mapping[str, tuple[str, bool]] = {
-    "clusterqueues": ("kueue.x-k8s.io/v1beta1", False),
+    "clusterqueues": ("kueue.x-k8s.io/v1beta2", False),
     "configmaps": ("v1", True),
     "cronjobs": ("batch/v1", True),
     "daemonsets": ("apps/v1", True),
@@ -40,7 +41,7 @@ _RESOURCES: Mapping[str, tuple[str, bool]] = {
     "events": ("v1", True),
     "jobs": ("batch/v1", True),
     "limitranges": ("v1", True),
-    "localqueues": ("kueue.x-k8s.io/v1beta1", True),
+    "localqueues": ("kueue.x-k8s.io/v1beta2", True),
     "namespaces": ("v1", False),
     "nodes": ("v1", False),
     "notebooks": ("kubeflow.org/v1", True),
@@ -58,10 +59,12 @@ _RESOURCES: Mapping[str, tuple[str, bool]] = {
     "services": ("v1", True),
     "statefulsets": ("apps/v1", True),
     "storageclasses": ("storage.k8s.io/v1", False),
-    "workloadpriorityclasses": ("kueue.x-k8s.io/v1beta1", False),
-    "workloads": ("kueue.x-k8s.io/v1beta1", True),
+    "workloadpriorityclasses": ("kueue.x-k8s.io/v1beta2", False),
+    "workloads": ("kueue.x-k8s.io/v1beta2", True),
 }
 """Resource → API group with version, and whether it lives in namespaces."""
+_BEFORE = {"kueue.x-k8s.io/v1beta2": "kueue.x-k8s.io/v1beta1"}
+"""What a cluster may still have in its place: Kueue before 0.15; from 0.20 on it serves v1beta2 alone."""
 
 _PAGE = "500"
 _FRESH_STARTS = 5
@@ -73,6 +76,8 @@ _LONGEST_RETRY_AFTER_S = 30.0
 _CONNECT_S, _READ_S = 10.0, 60.0
 _EARLY_S = 30.0
 """How long before its end a token is renewed."""
+_SKEW_S = 5.0
+"""Clocks that differ by less are the same: an answer says the time in whole seconds, and was under way."""
 _FORMS = {"merge": "application/merge-patch+json", "json": "application/json-patch+json"}
 _WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
 
@@ -88,6 +93,8 @@ class Cluster:
         self._lock = threading.Lock()
         self._reached: tuple[Loaded, urllib3.PoolManager] | None = None
         self._calls = 0
+        self._ahead_s = 0.0
+        self._versions: dict[str, str] = {}
         self._warnings: list[str] = []
 
     @property
@@ -103,6 +110,11 @@ class Cluster:
         return self._calls
 
     @property
+    def now(self) -> float:
+        """Unix seconds by the clock of the cluster, which writes the times of its objects: as its last answer said."""
+        return time.time() + self._ahead_s
+
+    @property
     def warnings(self) -> list[str]:
         return list(self._warnings)
 
@@ -114,11 +126,11 @@ class Cluster:
             self._reached = None
 
     def path(self, resource: str, name: str = "", sub: str = "", *, namespace: str | None = None) -> str:
-        """namespace: None is ours, an empty string all of them."""
+        """namespace: None is ours, an empty string all of them. Asks which version there is, where that is open."""
         api, namespaced = _RESOURCES[resource]
         space = self.namespace if namespace is None and namespaced else namespace
         parts = [*(("namespaces", space) if namespaced and space else ()), resource, *filter(None, (name, sub))]
-        return "/".join((_root(api), *(quote(part, safe="") for part in parts)))
+        return "/".join((_root(self._served(api)), *(quote(part, safe="") for part in parts)))
 
     def get(self, path: str, **query: str) -> Json | None:
         """None: there is none."""
@@ -205,6 +217,11 @@ class Cluster:
     def has_api(self, group_version: str) -> bool:
         return self.get(_root(group_version)) is not None
 
+    def _served(self, api: str) -> str:
+        if api in _BEFORE and api not in self._versions:
+            self._versions[api] = api if self.has_api(api) else _BEFORE[api]
+        return self._versions.get(api, api)
+
     # -- one question -------------------------------------------------------------------------------------------------
 
     def _ask(self, request: _Request) -> Json | None:
@@ -258,7 +275,7 @@ class Cluster:
         with self._lock:
             self._calls += 1
         with self._transport():
-            return pool.request(
+            answer = pool.request(
                 request.method,
                 f"{loaded.server}{request.path}{'?' if request.query else ''}{urlencode(request.query)}",
                 body=request.content,
@@ -268,6 +285,8 @@ class Cluster:
                 retries=False,
                 timeout=urllib3.Timeout(connect=_CONNECT_S, read=request.read_s),
             )
+        self._ahead_s = _ahead_s(answer)
+        return answer
 
     @contextlib.contextmanager
     def _transport(self) -> Iterator[None]:
@@ -384,6 +403,15 @@ def _back_off(attempt: int) -> float:
 def _retry_after(answer: urllib3.BaseHTTPResponse) -> float | None:
     text = answer.headers.get("Retry-After", "")
     return min(float(text), _LONGEST_RETRY_AFTER_S) if text.isdecimal() else None
+
+
+def _ahead_s(answer: urllib3.BaseHTTPResponse) -> float:
+    """Of our clock; 0 where the answer does not say."""
+    try:
+        ahead = parsedate_to_datetime(answer.headers.get("Date", "")).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return ahead if abs(ahead) > _SKEW_S else 0.0
 
 
 def _refusal(answer: urllib3.BaseHTTPResponse, request: _Request) -> Refusal:

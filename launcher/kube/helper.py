@@ -212,7 +212,7 @@ class Helper:
             if found := next(filter(None, map(_serving, pods)), None):
                 return found
             if job:
-                status = status_of(Seen(job, pods, "" if pods else self._refused(job)), now=time.time())
+                status = status_of(Seen(job, pods, "" if pods else self._refused(job)), now=self._cluster.now)
             if _is_final(status) or time.monotonic() > end:
                 raise self._failure(status, pods)
             self._sleep(pause)

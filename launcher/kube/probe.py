@@ -254,8 +254,8 @@ class _Look:
         self.hidden: list[str] = []
 
     def list(self, resource: str, *, everywhere: bool = False, fields: str = "") -> list[Json]:
-        path = self._cluster.path(resource, namespace="" if everywhere else None)
         try:
+            path = self._cluster.path(resource, namespace="" if everywhere else None)
             return list(self._cluster.list(path, fields=fields))
         except AuthError:
             self.hidden.append(f"{resource} of other namespaces" if everywhere else resource)

@@ -442,13 +442,12 @@ def _with_evidence(record: RunRecord, status: Status, backend: Backend) -> Statu
         store = store_of(record, backend)
         with contextlib.suppress(FileNotFoundError):
             left = json.loads(store.read(contract.RESULT))
-            if left.get("state") == "PREEMPTED":  # it was to go on somewhere
-                return status
-            state, code = ended_state(left.get("state"), int(left["exit_code"])), int(left["exit_code"])
-            reason, attempt = str(left.get("reason") or ""), int(left.get("attempt") or 1)
-            return dataclasses.replace(
-                status, state=state, reason=reason, exit_code=code, attempt=attempt, ended=left.get("ended")
-            )
+            if left.get("state") != "PREEMPTED":  # that one was to go on somewhere, unless it was cancelled
+                state, code = ended_state(left.get("state"), int(left["exit_code"])), int(left["exit_code"])
+                reason, attempt = str(left.get("reason") or ""), int(left.get("attempt") or 1)
+                return dataclasses.replace(
+                    status, state=state, reason=reason, exit_code=code, attempt=attempt, ended=left.get("ended")
+                )
         if store.head(contract.CANCEL) is not None:
             return dataclasses.replace(status, state=State.CANCELLED, reason="cancelled")
     return status

@@ -233,7 +233,7 @@ ENDS: dict[str, tuple[Object, Sequence[Object], State, int | None, str]] = {
         [],
         State.FAILED,
         None,
-        "its pod failed: Job has reached the specified backoff limit",
+        "its pod failed and is gone: Job has reached the specified backoff limit",
     ),
     "cancelled": (
         job(("Failed", "DeadlineExceeded", ""), notes={STOPPED: "cancelled"}),

@@ -93,9 +93,9 @@ _POD_ENDS = {
     "NodeAffinity": "its node did not fit any more",
 }
 _JOB_ENDS = {
-    "BackoffLimitExceeded": "its pod failed",
+    "BackoffLimitExceeded": "its pod failed and is gone",
     "DeadlineExceeded": "its time on the platform is used up",
-    "PodFailurePolicy": "its pod failed",
+    "PodFailurePolicy": "its pod failed and is gone",
     "FailedIndexes": "one of its nodes failed",
     "MaxFailedIndexesExceeded": "one of its nodes failed",
 }

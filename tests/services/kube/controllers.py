@@ -14,7 +14,7 @@ from typing import Any
 from tests.services.kube.api import QUEUE_LABEL, Api
 from tests.services.kube.events import record
 from tests.services.kube.jobs import FINALIZER, Jobs
-from tests.services.kube.objects import Key, controller_of
+from tests.services.kube.objects import Key, controller_of, grace_of
 from tests.services.kube.resources import CORE
 from tests.services.kube.scheduler import schedule
 from tests.services.kube.times import now
@@ -119,7 +119,7 @@ class Controllers:
             obj = self._store.get(key)
             owners = obj["metadata"].get("ownerReferences", []) if obj else []
             if owners and not any(self._store.has_uid(owner["uid"]) for owner in owners):
-                self._store.delete(key)
+                self._store.delete(key, grace_s=grace_of(key, obj))
 
     def _pod(self, key: Key) -> None:
         """Pods that were deleted before they had a node end as failed, so that their job can count them; pods of a

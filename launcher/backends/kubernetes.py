@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -339,15 +340,14 @@ class KubernetesBackend:
             job["spec"]["template"]["metadata"]["labels"][words.SUBMISSION] = str(attempt)
         with self._blamed():
             self._try_out(job)
-            made = self._create(job)
-        owner = _owner(made)
+            made, is_new = self._create(job)
+        documents = [*others, *([_secret(job, secrets)] if secrets else [])]
         try:
-            for document in others:
-                self._put(_owned(document, owner))
-            if secrets:
-                self._put(_owned(_secret(job, secrets), owner))
-        except CvlaunchError:
-            self._cluster.delete(self._job_path(plan.run_id))
+            for document in documents:
+                self._put(_owned(document, _owner(made)), is_ours=attempt > 1 or not is_new)
+        except BaseException:  # Ctrl-C, too: a Job that lacks a part would wait for ever
+            if is_new:
+                self._cluster.delete(self._job_path(plan.run_id))
             raise
         return self._handle(plan.run_id)
 
@@ -384,36 +384,52 @@ class KubernetesBackend:
         template = job["spec"]["template"]
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"]}, "spec": template["spec"]}
         pod["metadata"]["generateName"] = f"{job['metadata']['name']}-"
+        pod["metadata"]["ownerReferences"] = [{**_owner(job), "controller": True}]  # some clusters refuse bare pods
         try:
             self._cluster.create(self._cluster.path("pods"), pod, dryRun="All", **_STRICT)
         except (AuthError, CapacityError):
             return
 
-    def _create(self, job: Json) -> Json:
-        """The Job as the cluster has it; one of the same name that holds the same job is ours already."""
+    def _create(self, job: Json) -> tuple[Json, bool]:
+        """The Job as the cluster has it, and whether it is new: one that holds the same job was sent before."""
         run_id = job["metadata"]["name"]
         try:
-            return self._cluster.create(self._cluster.path("jobs"), job, **_STRICT)
+            return self._cluster.create(self._cluster.path("jobs"), job, **_STRICT), True
         except ConflictError as error:
             there = self._job(run_id)
             if there is None or _inline_job(there) != _inline_job(job):
                 raise ConflictError(
                     f"{self._cluster.where} has another Job {run_id}; choose another --run-id, or delete that one"
                 ) from error
-            return there
+            return there, False
 
-    def _put(self, document: Json) -> None:
-        """In place of one that an earlier submission of this run left."""
-        resource, name = _RESOURCES[document["kind"]], document["metadata"]["name"]
+    def _put(self, document: Json, *, is_ours: bool) -> None:
+        """In place of one that an earlier submission of this run left. is_ours: what to believe of one that can't be
+        read."""
+        kind, name = document["kind"], document["metadata"]["name"]
+        path = self._cluster.path(_RESOURCES[kind], name)
         try:
-            self._cluster.create(self._cluster.path(resource), document)
-        except ConflictError:
-            self._cluster.delete(self._cluster.path(resource, name))
-            self._cluster.create(self._cluster.path(resource), document)
+            self._cluster.create(self._cluster.path(_RESOURCES[kind]), document)
+        except ConflictError as error:
+            with contextlib.suppress(AuthError):
+                there = self._cluster.get(path)
+                is_ours = there is None or words.labels_of(there).get(words.RUN_ID) == name
+            if not is_ours:
+                raise ConflictError(
+                    f"{self._cluster.where} has another {kind} {name}; choose another --run-id, or delete that one"
+                ) from error
+            self._cluster.delete(path)
+            self._cluster.create(self._cluster.path(_RESOURCES[kind]), document)
 
     def _clear(self, run_id: str) -> None:
         """Away with the ended Job and what belongs to it, so that its name is free."""
         path = self._job_path(run_id)
+        job = self._cluster.get(path)
+        if job and not (words.is_over(job) or job["metadata"].get("deletionTimestamp")):
+            raise ConflictError(
+                f"the Job {run_id} in {self._cluster.where} goes on: somebody else has resumed it; `cvlaunch cancel "
+                f"{run_id}` ends it"
+            )
         self._cluster.delete(path, propagation="Foreground")
         deadline = time.monotonic() + _GONE_S
         while self._cluster.get(path) is not None:
@@ -445,7 +461,7 @@ class KubernetesBackend:
         """One LIST of Jobs for all; pods only of those that wait or have just ended. What can never start is ended."""
         run_ids = [handle.native for handle in handles]
         jobs = {job["metadata"]["name"]: job for job in self._jobs(run_ids)}
-        now = time.time()
+        now = self._cluster.now
         seen = self._seen({run_id: jobs.get(run_id) for run_id in run_ids}, now)
         given_up = {run_id: why for run_id, found in seen.items() if (why := self._give_up(run_id, found, now))}
         if given_up:
@@ -461,7 +477,10 @@ class KubernetesBackend:
         why = words.stuck(found, now=now, patience_s=self.target.pull_patience)
         if not why or (why.startswith(words.CAPACITY) and self._has_begun(run_id)):
             return ""
-        self._end(run_id, why)
+        try:
+            self._end(run_id, why)
+        except AuthError:  # who may only look leaves it to others
+            return ""
         return why
 
     def _has_begun(self, run_id: str) -> bool:
@@ -565,7 +584,9 @@ class KubernetesBackend:
             self._cluster.delete(self._job_path(run_id))
             return
         change = {"metadata": {"annotations": {words.STOPPED: why}}, "spec": {"activeDeadlineSeconds": 1}}
-        self._cluster.patch(self._job_path(run_id), change, form="merge")
+        job = self._cluster.patch(self._job_path(run_id), change, form="merge")
+        if job and job["spec"].get("suspend"):  # just now: its clock stands still
+            self._cluster.delete(self._job_path(run_id))
 
     def exec(self, handle: Handle, command: Sequence[str], *, tty: bool) -> int:
         """In the container of the first node, with the command's variables where our runner has started one."""
@@ -709,8 +730,8 @@ def _foreign_variables(job: Job, run_id: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _literal(text: str) -> str:
-    """`$(NAME)` is Kubernetes' own way to name a variable; with the `$` doubled it stands for itself."""
-    return text.replace("$(", "$$(")
+    """Kubernetes takes `$(NAME)` for a variable and `$$` for a dollar; with each such `$` doubled it takes none."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 def _stored_secrets(secrets: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -838,7 +859,12 @@ def _inline_job(job: Json) -> str | None:
 
 
 def _owner(job: Json) -> Json:
-    return {"apiVersion": "batch/v1", "kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+    """A Job that was not sent has no uid yet."""
+    metadata = job["metadata"]
+    return {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata.get("uid", _NO_UID)}
+
+
+_NO_UID = "00000000-0000-0000-0000-000000000000"
 
 
 def _owned(document: Json, owner: Json) -> Json:

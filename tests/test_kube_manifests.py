@@ -19,6 +19,7 @@ from launcher.plan import load_template, make_plan
 from launcher.spec import JobSpec
 from tests.conftest import Golden
 from tests.jobs import SPECS, fixed_job
+from tests.services.kube.environment import expand
 
 VERSIONS = ("1.29", "1.33", "1.37")
 GIB = 1 << 30
@@ -149,6 +150,17 @@ def test_every_character_arrives() -> None:
     text = manifest("command", backend_for("plain", {"labels": {"a": "b"}, "annotations": {"note": HOSTILE}}))
     job, _ = parts(text)
     assert job["spec"]["template"]["metadata"]["annotations"]["note"] == HOSTILE
+
+
+@pytest.mark.parametrize("text", ["$(A)", "$$(A)", "$$$(A) $", "echo $$ $HOME ${A} $(", "$$", "a$"])
+def test_dollars_arrive_in_a_foreign_image(text: str) -> None:
+    backend = backend_for("plain", {})
+    job = fixed_job("command", backend.target, "there", "s3://bucket/runs")
+    spec = job.spec.model_copy(update={"runner": "none", "env": {"A": "value", "B": text}, "secrets": {}})
+    job = dataclasses.replace(job, spec=spec, command=("sh", "-c", text), image=Image("x"))
+    _, container = parts(make_plan(job, backend, "a-0", template=load_template(KubernetesBackend)).text)
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert [expand(found, values) for found in (container["args"][2], values["B"])] == [text, text]
 
 
 def test_the_job_is_in_the_pod_as_people_read_it() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from launcher import submit
 from launcher.backends.base import Plan
 from launcher.backends.kubernetes import KubernetesBackend, KubernetesTarget
 from launcher.errors import ConflictError
@@ -92,6 +95,23 @@ def test_who_may_only_look_sees_a_run_that_should_be_given_up(cluster: KubeClust
     assert (status.state, status.native) == (State.STARTING, "Pending/ImagePullBackOff")
     cluster.allow()
     assert backend.status([handle])[handle].state is State.STOPPING
+
+
+def test_a_run_can_be_cancelled_whose_claim_can_t_be_reached(
+    cluster: KubeCluster, backend: KubernetesBackend, tmp_path: Path
+) -> None:
+    """What keeps the run from starting mostly keeps a pod for its claim from starting, too."""
+    namespace = backend.target.namespace or ""
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    cluster.create("PersistentVolumeClaim", namespace, {"metadata": {"name": "runs"}, "spec": spec})
+    target = {"backend": "kubernetes", "kubeconfig": str(cluster.kubeconfig), "namespace": namespace}
+    (tmp_path / "targets.yaml").write_text(yaml.safe_dump({"targets": {"there": {**target, "output": "pvc://runs/x"}}}))
+    job = {"name": "waits", "image": "registry.example.com/trainer:1", "command": ["true"]}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    run = submit(tmp_path / "job.yaml", target="there", run_id=RUN)
+    cluster.forbid("create", "jobs")
+    assert run.cancel().state is State.STOPPING
+    assert (cluster.get("Job", namespace, RUN) or {})["spec"]["activeDeadlineSeconds"] == 1
 
 
 def pod_without_image(job: dict[str, Any]) -> dict[str, Any]:

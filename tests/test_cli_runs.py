@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,11 @@ from typing import Any
 import pytest
 
 from launcher.cli.app import main
+from launcher.cli.live import view_of
+from launcher.cli.out import Out
+from launcher.ledger import Ledger
+from launcher.run import Run
+from launcher.status import State, Status
 from tests.cli_tool import COMMAND, cli, cli_json, ledger_files, user, write_loop
 from tests.s3_fixtures import Bucket
 
@@ -238,6 +244,18 @@ def test_following_shows_lines_and_metrics_then_brings_the_results(tmp_path: Pat
     told = json.loads(note.read_text())
     assert (told["run_id"], told["state"], told["exit_code"]) == ("mine", "FAILED", 3)
     assert told["metrics"]["val/accuracy"] == pytest.approx(2 / 3)
+
+
+def test_what_a_followed_run_waits_for_is_told_once(past: Past, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(past.home / "data/cvlaunch/runs")
+    waiting = Status(State.QUEUED, reason="no node takes it")
+    record = dataclasses.replace(ledger.get(past.first), last_status=waiting)
+    with view_of(Run(record, ledger), Out(), err=True) as view:
+        for status in (waiting, waiting, Status(State.QUEUED, reason="all are taken"), Status(State.RUNNING)):
+            view.show(status)
+        view.show(Status(State.FAILED, reason="told at the end"))
+    told = ["state: QUEUED: no node takes it", "state: QUEUED: all are taken", "state: RUNNING", "state: FAILED"]
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_following_as_json_is_a_line_an_event(tmp_path: Path) -> None:

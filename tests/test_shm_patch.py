@@ -828,6 +828,7 @@ def test_it_asks_and_takes_a_no(kube: KubeCluster) -> None:
     assert "\x1b[32m+" in terminal.text
     terminal.type("n\n")
     assert terminal.end() == 130
+    assert "cvlaunch: nothing was changed" in terminal.text
     assert kube.get("Notebook", namespace, "my-workbench") == before
 
 

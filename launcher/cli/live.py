@@ -71,6 +71,10 @@ class _Progress:
     def elapsed(self) -> str:
         return format_duration(max(0.0, time.time() - self.status.started)) if self.status.started else ""
 
+    def why(self) -> str:
+        """What it waits for. Why it has ended is told at the end."""
+        return "" if self.status.state.terminal else clean(self.status.reason, colours=False)
+
 
 def _short(split: str, name: str) -> str:
     return name if split == "train" else f"{split} {name}"
@@ -114,9 +118,10 @@ class _Terminal:
         from rich.text import Text
 
         state = str(self._progress.status.state)
-        parts = Text(no_wrap=True, overflow="ellipsis")
+        why = self._progress.why()
+        parts = Text() if why else Text(no_wrap=True, overflow="ellipsis")  # reasons are read to their end
         parts.append(state, style=f"bold {style_of_state(state)}")
-        for part in (self._progress.elapsed(), self._progress.metrics()):
+        for part in (self._progress.elapsed(), self._progress.metrics(), why):
             if part:
                 parts.append(f" · {part}")
         return parts
@@ -145,7 +150,7 @@ class _Plain:
     """Lines in the order in which things happen."""
 
     def __init__(self, progress: _Progress, out: Out, err: bool) -> None:
-        self._progress, self._out, self._err = progress, out, err
+        self._progress, self._out, self._err, self._why = progress, out, err, ""
 
     def __enter__(self) -> _Plain:
         return self
@@ -155,9 +160,12 @@ class _Plain:
 
     def show(self, event: LogLine | Status | Point) -> None:
         if isinstance(event, Status):
-            if event.state is not self._progress.status.state:
-                self._out.note(f"state: {event.state}")
+            changed = event.state is not self._progress.status.state
             self._progress.status = event
+            why = self._progress.why()
+            if changed or (why and why != self._why):
+                self._out.note(f"state: {event.state}{f': {why}' if why else ''}")
+            self._why = why
         elif isinstance(event, Point):
             if self._progress.add(event):
                 self._print(f"metrics: {self._progress.metrics()}")

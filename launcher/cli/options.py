@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from launcher.cli.app import Interrupted
 from launcher.cli.out import Out
 from launcher.errors import SpecError
 
@@ -111,11 +112,11 @@ def find_run(text: str) -> Run:
 
 
 def ask(question: str) -> None:
-    """Goes on after a yes; click.Abort after a no. SpecError where nobody can be asked."""
+    """Goes on after a yes; Interrupted after a no. SpecError where nobody can be asked."""
     if not sys.stdin.isatty():
         raise SpecError("this needs a yes; nobody can be asked here, so give --yes")
     if not click.confirm(question, err=True):
-        raise click.Abort
+        raise Interrupted("nothing was changed")
 
 
 def place_options(command: F) -> F:

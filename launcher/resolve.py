@@ -77,7 +77,7 @@ def resolve(
         shm=shm_bytes,
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
-        unpinned=tuple(_unpinned(spec, channels, image, code)),
+        unpinned=(*resolver.unpinned(channels), *_unpinned(spec, image, code)),
         warnings=(*_ignored(spec, backend), *shm_warnings, *resolver.warnings),
         version=__version__,
     )
@@ -230,17 +230,13 @@ def _shm(spec: JobSpec, backend: Backend) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:
-    """Bytes; auto is 1.2 × the channels + 20 GiB."""
+    """Bytes; auto is 1.2 × the channels that are copied + 20 GiB: what is on a volume of the cluster stays there."""
     if spec.resources.disk != "auto":
         return spec.resources.disk
-    return int(1.2 * sum(channel.size or 0 for channel in channels)) + (20 << 30)
+    return int(1.2 * sum(channel.size or 0 for channel in channels if scheme(channel.uri) != "pvc")) + (20 << 30)
 
 
-def _unpinned(spec: JobSpec, channels: tuple[Channel, ...], image: Image | None, code: Code | None) -> Iterator[str]:
-    for channel in channels:
-        if channel.fingerprint is None:
-            key = _key_of(spec, channel.name)
-            yield f"{key}: no manifest; write one with: cvlaunch data fingerprint {_shown(channel.uri)}"
+def _unpinned(spec: JobSpec, image: Image | None, code: Code | None) -> Iterator[str]:
     if image is None:
         yield "image: a process runs in an environment that no digest covers"
     elif image.config_digest is None:
@@ -262,9 +258,10 @@ def _why_unpinned(spec: JobSpec, image: Image) -> str:
     return f"image: {image.reference} is not pinned; push it with cvlaunch image push, or write NAME@sha256:DIGEST"
 
 
-def _shown(uri: str) -> str:
-    """As it is typed in a shell."""
-    return shlex.quote(str(path_of(uri)) if scheme(uri) == "file" else uri)
+def _typed(uri: str, target: str) -> str:
+    """As it is typed in a shell, with the target that a claim is reached through."""
+    place = shlex.quote(str(path_of(uri)) if scheme(uri) == "file" else uri)
+    return f"{place} --target {shlex.quote(target)}" if scheme(uri) == "pvc" else place
 
 
 def _key_of(spec: JobSpec, channel: str) -> str:
@@ -336,7 +333,7 @@ class _Resolver:
             raise SpecError(
                 f"{written!r} is a folder of this machine, which target {self.selected.name!r} can't see; "
                 f"push it with --push-data, or write the place that this makes: cvlaunch data push "
-                f"{shlex.quote(str(path))} {shlex.quote(self._place_for(name))}",
+                f"{shlex.quote(str(path))} {_typed(self._place_for(name), self.selected.name)}",
                 key=self._key(name),
             )
         return self._described(name, file_uri(path), "client")
@@ -377,6 +374,22 @@ class _Resolver:
             return manifest.read(self.backend.store(uri) or open_store(uri, self.selected.target.storage.options))
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from error
+
+    def unpinned(self, channels: Iterable[Channel]) -> Iterator[str]:
+        """Those whose contents nothing vouches for, each with the way out."""
+        for channel in channels:
+            if channel.fingerprint is None:
+                yield f"{self._key(channel.name)}: {self._why_unpinned(channel)}"
+
+    def _why_unpinned(self, channel: Channel) -> str:
+        typed = _typed(channel.uri, self.selected.name)
+        if scheme(channel.uri) == "file":
+            return f"no manifest; write one with: cvlaunch data fingerprint {typed}"
+        if not self.online:
+            return "it was not looked at; --resolve reads its fingerprint"
+        if channel.name == WEIGHTS_CHANNEL:  # a run's own files, mostly, which nobody pushes
+            return "no manifest"
+        return f"no manifest; bring the data there with: cvlaunch data push FOLDER {typed}"
 
     def _check_folder(self, name: str, path: Path) -> None:
         if self.spec.train is not None and name in ("train", "val"):

@@ -15,7 +15,7 @@ from launcher.errors import SpecError
 from launcher.ledger import Ledger
 from launcher.resolve import resolve
 from launcher.spec import JobSpec
-from launcher.stores import file_uri, open_store
+from launcher.stores import Store, file_uri, open_store
 from launcher.submission import prepare
 from launcher.targets import Selected, Targets
 from tests.s3_fixtures import Bucket
@@ -198,6 +198,34 @@ def test_offline_what_is_not_here_stays_as_written(project: Path) -> None:
     job, plan = resolved(project, target="far", online=False, data={"train": "shapes/train"})
     assert job.channels[0].uri == "s3://bucket/shapes/train"
     assert any("s3://bucket/shapes/train was not looked at" in text for text in plan.warnings)
+    assert job.unpinned[0] == "data.train: it was not looked at; --resolve reads its fingerprint"
+
+
+def test_data_on_a_claim_is_pushed_through_its_target_and_takes_no_disk(tmp_path: Path) -> None:
+    place = open_store(str(tmp_path / "claim"))
+
+    class Remote(LocalBackend):
+        transports = {"pvc": Transport({"pvc": "mounted"}, LocalBackend.transports["file"].movers)}  # noqa: RUF012
+
+        def store(self, uri: str) -> Store:
+            return place
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/large").write_bytes(bytes(5 << 20))
+    selected = Selected("ocp", LocalTarget(output="pvc://runs/x"), Remote, tmp_path)  # type: ignore[arg-type] as above
+
+    def found(data: str) -> Job:
+        spec = JobSpec.model_validate({"name": "x", "command": ["true"], "data": {"x": data}})
+        ledger = Ledger(tmp_path / "ledger")
+        return resolve(spec, selected, folder=tmp_path, targets=Targets(), scratch=tmp_path, ledger=ledger)
+
+    to = "pvc://runs/x/_data/x-x --target ocp"
+    with pytest.raises(SpecError, match=f"cvlaunch data push {tmp_path}/data {to}"):
+        found("data")
+    assert found("pvc://data/x").unpinned[0].endswith("cvlaunch data push FOLDER pvc://data/x --target ocp")
+    manifest.push(tmp_path / "data", place)
+    pushed = found("pvc://data/x")
+    assert (pushed.channels[0].size, pushed.disk) == (5 << 20, 20 << 30)
 
 
 def test_online_the_manifest_in_the_store_is_read(project: Path, moto_bucket: Bucket) -> None:

@@ -108,7 +108,9 @@ def fingerprint(*, place: str, target: str | None, out: Out) -> None:
     if is_uri(place) and scheme(place) != "file":
         found = manifest.read(_store(place, target))
         if found is None:
-            raise SpecError(f"{place} has no manifest; bring the data there with: cvlaunch data push FOLDER {place}")
+            through = f" --target {target}" if target else ""
+            push = f"cvlaunch data push FOLDER {place}{through}"
+            raise SpecError(f"{place} has no manifest; bring the data there with: {push}")
     else:
         folder = path_of(place) if is_uri(place) else Path(place)
         if not folder.is_dir():

@@ -380,6 +380,11 @@ TARGETS: dict[str, tuple[tuple[str, ...], list[Json], Json]] = {
         {"backend": "kubernetes", "gpu_label": "gke"},
     ),
     "slices": ((), [node("g", **{"nvidia_com__mig-1g_5gb": "7"})], {"gpu_resource": "nvidia.com/mig-1g.5gb"}),
+    "whole ones beside slices": (
+        (),
+        [node("g", **{"nvidia_com__mig-1g_5gb": "7"}), node("h", nvidia_com__gpu="2")],
+        {"gpu_resource": None},
+    ),
     "what most are": (
         (),
         [node("a", amd_com__gpu="1"), node("b", nvidia_com__gpu="8"), node("c", nvidia_com__gpu="8")],

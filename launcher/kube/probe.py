@@ -480,13 +480,13 @@ def as_target(found: Probe, *, context: str | None = None, kubeconfig: str | Non
 
 
 def _of_nodes(nodes: Sequence[Node]) -> dict[str, object]:
-    """From those that most GPUs are on."""
+    """From those that most GPUs are on; slices, of which a GPU has up to seven, only where there are no whole ones."""
     gpus: Counter[tuple[str, str]] = Counter()
     for node in nodes:
         gpus[node.resource, node.way] += node.count
     if not gpus:
         return {}
-    resource, way = gpus.most_common(1)[0][0]
+    resource, way = max(gpus, key=lambda found: ("/mig-" not in found[0], gpus[found]))
     chosen = [node for node in nodes if (node.resource, node.way) == (resource, way)]
     taints = [taint for taint in chosen[0].taints if all(taint in node.taints for node in chosen)]
     return {

@@ -249,7 +249,7 @@ def test_following_shows_lines_and_metrics_then_brings_the_results(tmp_path: Pat
 def test_what_a_followed_run_waits_for_is_told_once(past: Past, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = Ledger(past.home / "data/cvlaunch/runs")
     waiting = Status(State.QUEUED, reason="no node takes it")
-    record = dataclasses.replace(ledger.get(past.first), last_status=waiting)
+    record = dataclasses.replace(ledger.get(past.first), state=waiting.state, status={"reason": waiting.reason})
     with view_of(Run(record, ledger), Out(), err=True) as view:
         for status in (waiting, waiting, Status(State.QUEUED, reason="all are taken"), Status(State.RUNNING)):
             view.show(status)

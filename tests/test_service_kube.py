@@ -192,7 +192,7 @@ BAD = [
 def test_a_bad_job_is_refused_by_field(
     api: client.ApiClient, namespace: str, body: Json, code: int, field: str, words: str
 ) -> None:
-    got, answer = raw(api, "POST", f"/apis/batch/v1/namespaces/{namespace}/jobs", body)
+    got, answer = raw(api, "POST", f"/apis/batch/v1/namespaces/{namespace}/jobs?fieldValidation=Strict", body)
     assert (got, answer["status"]) == (code, "Failure")
     if field:
         causes = {cause["field"]: cause["message"] for cause in answer["details"]["causes"]}

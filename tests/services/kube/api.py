@@ -54,7 +54,7 @@ class Api:
         self, resource: Resource, namespace: str, body: Any, *, version: str = "", query: Query = _NO_QUERY
     ) -> tuple[Json, list[str]]:
         """(the object, warnings). ApiError."""
-        strict = query.get("fieldValidation", "Strict") == "Strict"
+        strict = query.get("fieldValidation", "Warn") == "Strict"
         obj, warnings = decode(resource, version or resource.versions[0], body, strict=strict)
         obj = copy.deepcopy(obj)
         meta = obj.setdefault("metadata", {})
@@ -210,7 +210,7 @@ class Api:
     def replace(
         self, resource: Resource, key: Key, body: Any, *, version: str = "", sub: str = "", query: Query = _NO_QUERY
     ) -> tuple[Json, list[str]]:
-        strict = query.get("fieldValidation", "Strict") == "Strict"
+        strict = query.get("fieldValidation", "Warn") == "Strict"
         with self.store.lock:
             old = self.get(resource, key[1], key[2])
             new, warnings = decode(resource, version or resource.versions[0], body, strict=strict)
@@ -219,7 +219,7 @@ class Api:
     def patch(
         self, resource: Resource, key: Key, form: str, body: bytes, *, sub: str = "", query: Query = _NO_QUERY
     ) -> tuple[Json, list[str]]:
-        strict = query.get("fieldValidation", "Strict") == "Strict"
+        strict = query.get("fieldValidation", "Warn") == "Strict"
         with self.store.lock:
             old = self.store.get(key)
             if old is None and form == "application/apply-patch+yaml":

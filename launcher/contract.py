@@ -31,6 +31,7 @@ __all__ = [
     "EXIT_BAD_CONFIG",
     "EXIT_CANCELLED",
     "EXIT_DONE",
+    "EXIT_LOST",
     "EXIT_PREEMPTED",
     "HEARTBEAT",
     "JOB",
@@ -70,6 +71,8 @@ EXIT_BAD_CONFIG = 64
 EXIT_PREEMPTED = 75
 """sysexits.h EX_TEMPFAIL: stopped with a complete checkpoint; start me again."""
 EXIT_CANCELLED = 143
+EXIT_LOST = 255
+"""What a kubelet says of a container whose node was restarted under it; no runner in a pod ends with it."""
 
 # Files of the run's folder in the output store, relative to <output>/<run_id>/.
 STARTED = "started.json"

@@ -25,6 +25,7 @@ from launcher.logfiles import follow_logs
 from launcher.metrics import Metrics, Point, Reader
 from launcher.quantities import format_duration
 from launcher.rerun import prepare_again
+from launcher.runner.stop import within
 from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
@@ -36,6 +37,9 @@ from launcher.targets import load_targets
 from launcher.watch import UNSEEN_LIMIT_S, intervals, watch
 
 __all__ = ["Run", "attach", "refresh", "render", "runs", "submit", "submit_many"]
+
+_MARK_S = 20.0
+"""How long a cancellation may take to leave its mark, before the platform is told all the same."""
 
 
 def submit(
@@ -237,13 +241,10 @@ class Run:
         handle = self.handle
         if handle is None and self._record.owner_alive:
             raise SpecError(f"{self.id} is being submitted by another process; cancel it when that is done")
-        try:
-            self.store().write(contract.CANCEL, b"cancelled\n")
-        except (CvlaunchError, OSError):
-            if handle is None:
-                raise
         if handle is None:  # in doubt: should it appear, the mark is there already
+            self.store().write(contract.CANCEL, b"cancelled\n")
             return status
+        within(_MARK_S, lambda: self.store().write(contract.CANCEL, b"cancelled\n"))
         self._open_backend().cancel(handle)
         return self.status()
 
@@ -445,7 +446,7 @@ def _with_evidence(record: RunRecord, status: Status, backend: Backend) -> Statu
     """What the run left in its output store tells of its end where the platform knows it no more."""
     if status.state is not State.UNKNOWN or status.native != "gone":
         return status
-    with contextlib.suppress(CvlaunchError, OSError, ValueError):
+    with contextlib.suppress(CvlaunchError, OSError, ValueError, KeyError, TypeError):  # of a file that isn't ours, too
         store = store_of(record, backend)
         with contextlib.suppress(FileNotFoundError):
             left = json.loads(store.read(contract.RESULT))

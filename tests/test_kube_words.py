@@ -129,7 +129,7 @@ GOING_ON = {
     "evicted": (
         job(active=1),
         [pod(RUNNING, phase="Running", deletionTimestamp=stamp(1))],
-        State.STOPPING,
+        State.RESTARTING,
         "Terminating",
         "its pod is being taken away",
     ),
@@ -320,7 +320,7 @@ NO_IMAGE = waiting("ImagePullBackOff", 'Back-off pulling image "x"')
         (Seen(job(active=1), [pod(NO_IMAGE, startTime=stamp(500))]), ""),
         (
             Seen(job(active=1), [pod(NO_IMAGE, startTime=stamp(700))]),
-            'its image could not be pulled for 11m 40s: Back-off pulling image "x"',
+            'its image can\'t be pulled, for 11m 40s: Back-off pulling image "x"',
         ),
         (Seen(job(active=1), [pod(waiting("ContainerCreating"), startTime=stamp(9000))]), ""),
         (Seen(job(active=1, notes={STOPPED: "cancelled"}), [pod(NO_IMAGE, startTime=stamp(700))]), ""),

@@ -35,8 +35,7 @@ from launcher.backends.base import (
 )
 from launcher.contract import (
     DEFAULT_ROOT,
-    EXIT_BAD_CONFIG,
-    EXIT_CANCELLED,
+    EXIT_LOST,
     EXIT_PREEMPTED,
     OUTPUT_FOLDERS,
     STARTED,
@@ -76,11 +75,15 @@ _USUAL_MEMORY = 2 << 30
 """Asked for besides shared memory, where the job says nothing: a pod without a request is evicted first."""
 _AROUND_TIMEOUT_S = 15 * 60
 """The pod's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
+_REFUSALS_BY_NODES = 2
+"""How often a node may refuse a pod, or forget it in a restart, until the run has failed."""
 _AT_ONCE = 8
 _TELLING = "type=Warning,reason!=FailedScheduling,reason!=Failed,reason!=BackOff"
 """Events of Jobs and of pods in one call; not those that the pod's own status repeats."""
 _NAMES_A_CALL = 100
 """Of runs, in the label selector of one LIST: it travels in the URL."""
+_FEW = 1000
+"""Up to so many runs a poll also reads events and Kueue's Workloads, and so stays within five requests."""
 _GONE_S = 120.0
 """How long an ended Job may take to go, when its run is sent again."""
 
@@ -136,7 +139,9 @@ class KubernetesTarget(BaseTarget):
     labels: dict[str, str] = Field({}, description="further labels of Job and pods")
     annotations: dict[str, str] = Field({}, description="further annotations of the pods: sidecar.istio.io/inject")
     interface: str | None = Field(None, description="network between nodes: eth0; none: NCCL and gloo choose")
-    pull_patience: Duration = Field(600.0, description="how long an image may fail to come until the job is ended: 10m")
+    pull_patience: Duration = Field(
+        600.0, description="how long an image or a container may fail to come until the run is ended: 10m"
+    )
     helper_image: str | None = Field(
         None, description="with Python, for pods that read a volume; none: that of the run which is read"
     )
@@ -212,9 +217,9 @@ class KubernetesBackend:
             "pod_annotations": {**target.annotations, words.JOB_JSON: text},
             "nodes": resources.nodes,
             "container": CONTAINER,
-            "final_codes": sorted({EXIT_BAD_CONFIG, EXIT_CANCELLED}),
+            "again_codes": sorted({EXIT_PREEMPTED, EXIT_LOST}),
             "preempted_code": EXIT_PREEMPTED,
-            "retries": job.spec.retries if foreign else 0,
+            "retries": job.spec.retries if foreign else _REFUSALS_BY_NODES,
             "foreign": foreign,
             "grace_s": math.ceil(resources.grace),
             "deadline_s": _deadline(resources.timeout, foreign),
@@ -484,12 +489,19 @@ class KubernetesBackend:
         return why
 
     def _has_begun(self, run_id: str) -> bool:
-        """Pods that were evicted leave no trace in the cluster. Nobody knows: it has."""
+        """Pods that were evicted leave no trace in the cluster. Nobody knows: it has.
+
+        Asked once: then the Job says no more that it has to begin.
+        """
         try:
             store = self._run_folder(run_id)
-            return store is None or store.head(STARTED) is not None
+            if store is not None and store.head(STARTED) is None:
+                return False
+            change = {"metadata": {"annotations": {words.MAX_WAIT: None}}}
+            self._cluster.patch(self._job_path(run_id), change, form="merge")
         except CvlaunchError:
             return True
+        return True
 
     def _seen(self, jobs: Mapping[str, Json | None], now: float) -> dict[str, Seen]:
         there = {run_id: job for run_id, job in jobs.items() if job is not None}
@@ -497,10 +509,11 @@ class KubernetesBackend:
         waiting = [run_id for run_id, job in there.items() if words.needs_pods(job) and not words.is_over(job)]
         pods = self._pods([*over, *waiting[: _NAMES_A_CALL - len(over) % _NAMES_A_CALL]])
         slow = [pod for found in pods.values() for pod in found if words.slow_to_set_up(pod, now)]
-        warnings = self._warnings() if slow or not pods.keys() >= {*waiting} else []
+        few = len(jobs) <= _FEW
+        warnings = self._warnings() if few and (slow or not pods.keys() >= {*waiting}) else []
         refused, held = _refusals(warnings), _held(warnings, slow, now)
         queued = [job for job in there.values() if job["spec"].get("suspend") and not words.is_over(job)]
-        queue = self._queue_words() if queued else {}
+        queue = self._queue_words() if few and queued else {}
         return {
             run_id: Seen(
                 job,

@@ -62,9 +62,12 @@ CAPACITY = "capacity"
 _CANCELLED = "cancelled"
 _KUEUE = "kueue.x-k8s.io/queue-name"
 
-_NO_PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _WAITING = {
-    **dict.fromkeys(_NO_PULL, "its image can't be pulled"),
+    "ErrImagePull": "its image can't be pulled",
+    "ImagePullBackOff": "its image can't be pulled",
+    "InvalidImageName": "its image can't be pulled",
+    "ErrImageNeverPull": "its image can't be pulled",
+    "RegistryUnavailable": "its image can't be pulled",
     "CreateContainerConfigError": "its container can't be set up",
     "CreateContainerError": "its container can't be made",
     "RunContainerError": "its container can't be started",
@@ -217,7 +220,7 @@ def _going_on(seen: Seen, job: Mapping[str, Any], now: float) -> Status:
     )
 
 
-_ORDER = (State.QUEUED, State.STARTING, State.STOPPING, State.RUNNING)
+_ORDER = (State.QUEUED, State.STARTING, State.RESTARTING, State.RUNNING)
 """A job of several nodes is as far as its last one."""
 
 
@@ -229,7 +232,7 @@ def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
     """Of a pod that has not ended."""
     status, node = pod.get("status") or {}, pod["spec"].get("nodeName", "")
     if pod["metadata"].get("deletionTimestamp"):
-        return Status(State.STOPPING, "Terminating", reason="its pod is being taken away", node=node)
+        return Status(State.RESTARTING, "Terminating", reason="its pod is being taken away", node=node)
     scheduled: Mapping[str, str] = next((c for c in status.get("conditions") or () if c["type"] == "PodScheduled"), {})
     if scheduled.get("status") == "False":
         word, message = scheduled.get("reason", ""), scheduled.get("message", "")
@@ -279,7 +282,7 @@ def _words(lead: str, message: str) -> str:
 def stuck(seen: Seen, *, now: float, patience_s: float) -> str:
     """Why a run that waits should be given up; empty as long as it should not.
 
-    patience_s: how long the kubelet may try to pull an image.
+    patience_s: how long a kubelet may try to pull an image, or to set up a container.
     """
     job = seen.job
     if job is None or is_over(job) or annotations_of(job).get(STOPPED):
@@ -293,8 +296,8 @@ def stuck(seen: Seen, *, now: float, patience_s: float) -> str:
     for pod in seen.pods:
         word, message = _why_waiting(pod, main_container(pod).get("state") or {})
         since = seconds((pod.get("status") or {}).get("startTime")) or now
-        if word in _NO_PULL and now - since > patience_s:
-            return f"its image could not be pulled for {format_duration(now - since)}: {message or word}"
+        if word in _WAITING and now - since > patience_s:
+            return f"{_WAITING[word]}, for {format_duration(now - since)}: {message or word}"
     return ""
 
 

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _FAILURE_LENGTH = 1024
-_LONGEST_WORD = 3000
+_LONGEST_WORD = 4000
 """Bytes; Kubernetes keeps 4,096 of a container's last message."""
 
 
@@ -179,9 +179,11 @@ def leave_word(environ: Mapping[str, str], state: str, code: int, reason: str, *
     path = environ.get("CVLAUNCH_TERMINATION")
     if not path:
         return
-    content = {"state": state, "exit_code": code, "reason": reason[: _LONGEST_WORD // 6], "attempt": attempt}
+    content = {"state": state, "exit_code": code, "reason": reason[:_FAILURE_LENGTH], "attempt": attempt}
+    while len(line := json.dumps(content)) > _LONGEST_WORD:
+        content["reason"] = str(content["reason"])[: len(str(content["reason"])) // 2]
     with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps(content) + "\n", encoding="ascii")
+        Path(path).write_text(line + "\n", encoding="ascii")
 
 
 def write_failure(path: Path, reason: str, last_lines: Sequence[str]) -> None:

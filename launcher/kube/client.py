@@ -269,9 +269,10 @@ class Cluster:
             answer.close()
 
     def _send_once(self, request: _Request) -> urllib3.BaseHTTPResponse:
+        loaded, pool = self._reach()  # says so, where the extra is missing
+
         import urllib3
 
-        loaded, pool = self._reach()
         with self._lock:
             self._calls += 1
         with self._transport():

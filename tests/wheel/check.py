@@ -71,6 +71,9 @@ def use(folder: Path) -> None:
     (model,) = project.glob("runs/*/model/it")
     assert model.read_text() == "ran"
     run(cvlaunch, "report", "last", cwd=project, env=environ)
+    sent = [cvlaunch, "submit", "job.yaml", "--backend", "kubernetes", "--set", "output=s3://b/x", "--set", "image=x"]
+    refused = subprocess.run(sent, cwd=project, env=environ, capture_output=True, text=True, check=False)
+    assert "pip install 'cvlaunch[kubernetes]'" in refused.stderr, refused.stderr
 
 
 def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:

@@ -435,7 +435,7 @@ def test_what_waits_says_why(site: Site, name: str) -> None:
     run = site.send(target, job)
     status = until(lambda: (found := run.status()).native == native and found)
     assert (status.state, status.reason.startswith(words.format(run=run.id))) == (state, True), status
-    if target is ON_CLAIM:  # the mark of a cancellation could not be written
+    if target is ON_CLAIM:  # a cancellation would wait for a place to leave its mark
         return
     assert run.cancel().state in (State.STOPPING, State.CANCELLED)
     assert end_of(run).state is State.CANCELLED
@@ -459,20 +459,30 @@ def test_a_volume_that_can_t_be_mounted(site: Site) -> None:
     )
 
 
-NO_IMAGE = {"pull_patience": "1s"}
+IMPATIENT = {"pull_patience": "1s"}
 
 
 @pytest.mark.parametrize("image", [NEVER, "Registry.Example.com/x"])
 def test_an_image_that_never_comes_ends_the_run(site: Site, image: str) -> None:
-    target = {**NO_IMAGE, **overlay(f"{POD}/containers/0/image", image, "replace")}
+    target = {**IMPATIENT, **overlay(f"{POD}/containers/0/image", image, "replace")}
     run = site.send(target)
     status = end_of(run)
     assert status.state is State.ERROR
-    assert status.reason.startswith("its image could not be pulled for "), status
+    assert status.reason.startswith("its image can't be pulled, for "), status
     assert image in status.reason
     assert not [pod for pod in site.pods(run) if pod["status"]["phase"] in ("Pending", "Running")]
     job = site.cluster.get("Job", site.namespace, run.id)
     assert job and job["spec"]["activeDeadlineSeconds"] == 1
+
+
+def test_a_container_that_can_t_be_set_up_ends_the_run(live: Site) -> None:
+    live.cluster.forbid("get", "secrets")  # so that nobody could look before
+    run = live.run("print('never')", {**IMPATIENT, "storage_secret": "nope"})
+    status = end_of(run)
+    assert status.state is State.ERROR
+    assert (
+        status.reason.startswith("its container can't be set up, for ") and 'secret "nope" not found' in status.reason
+    )
 
 
 # -- the life of a run ------------------------------------------------------------------------------------------------
@@ -567,7 +577,7 @@ def test_a_pod_that_is_deleted_without_grace(live: Site) -> None:
     live.cluster.delete_pod(live.namespace, live.pod(run), grace_s=0)
     status = end_of(run)
     assert status.state is State.FAILED
-    assert status.reason == "its pod failed and is gone: Job has reached the specified backoff limit"
+    assert status.reason.startswith("its pod failed and is gone: Container train for pod "), status
 
 
 def test_a_job_that_is_deleted_while_it_runs(live: Site) -> None:

@@ -469,7 +469,7 @@ def test_probe_of_a_context_prints_tables_and_a_target_that_can_be_used(call: Ca
         config = kubeconfig(tmp_path, answers)
         code, out, err = call("targets", "probe", "--kubeconfig", config, "--context", "kind@Lab.1/x", "--write")
     assert (code, "ask for the missing rights: cvlaunch targets policy lab-1 --user 'ada'" in err) == (0, True), err
-    assert f"added to {tmp_path}/targets.yaml" in err
+    assert f"added to {tmp_path}/targets.yaml\n" in err
     lines = words(out)
     assert f"cluster context kind@Lab.1/x ({answers.url}), namespace vision" in lines
     assert "distribution OpenShift" in lines
@@ -488,6 +488,12 @@ def test_probe_of_a_context_prints_tables_and_a_target_that_can_be_used(call: Ca
         "output": "pvc://runs/runs",
     }
     assert yaml.safe_load(call("targets", "show", "lab-1")[1])["backend"] == "openshift"
+
+
+def test_what_the_written_target_lacks_is_told(call: Call, tmp_path: Path) -> None:
+    with served(Answers()) as answers:
+        code, _, err = call("targets", "probe", "lab", "--kubeconfig", kubeconfig(tmp_path, answers), "--write")
+    assert (code, err.endswith("targets.yaml; it still lacks `output`, the place of the results\n")) == (0, True), err
 
 
 def write_target(folder: Path, answers: Answers, **keys: str) -> None:

@@ -95,7 +95,8 @@ def probe(name: str | None, way: Access, *, write: bool, out: Out) -> None:
     if write:
         from launcher.cli.targetsfile import add_target
 
-        out.note(f"added to {add_target(Path.cwd(), name, keys)}")
+        lacking = "" if "output" in keys else "; it still lacks `output`, the place of the results"
+        out.note(f"added to {add_target(Path.cwd(), name, keys)}{lacking}")
 
 
 def _name(context: str | None) -> str:

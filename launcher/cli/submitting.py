@@ -78,9 +78,9 @@ def submit(
     The handle stands alone on stdout, so that a script can take it; all else goes to stderr. The same job file goes to
     every target: --target or --backend chooses.
 
-    With --sweep it sends one run for each combination of values, up to 1000, and prints a handle a line: arrays on a
-    cluster; on this machine all of them start at once. `cvlaunch runs --tag sweep=ID` lists them with their values;
-    --tag sweep=NAME chooses the ID.
+    With --sweep it sends one run for each combination of values, up to 1000, and prints a handle a line: arrays on
+    SLURM, a Job each on Kubernetes; on this machine all of them start at once. `cvlaunch runs --tag sweep=ID` lists
+    them with their values; --tag sweep=NAME chooses the ID.
     """
     if (job is None) == (resume is None):
         raise SpecError("give a job file, or --resume RUN")

@@ -174,9 +174,10 @@ def _signs(case: Case, runs: Sequence[Ran]) -> dict[str, str]:
     elif runs[0].exit_code == 128 + signal.SIGBUS:
         found["shm"] = "killed by SIGBUS"
     for sign in _SIGNS:
-        rule = sign.rule if sign.rule in _rules_of_running(case) else "writes"  # data are read-only everywhere
         if line := next((line for line in lines if re.search(sign.words, line, re.IGNORECASE)), None):
-            found.setdefault(rule, line)
+            in_data = f"{case.rules.root}/input/data/" in line  # read-only everywhere
+            known = sign.rule in _rules_of_running(case) and not (sign.rule == "read-only root" and in_data)
+            found.setdefault(sign.rule if known else "writes", line)
     return {rule: line.strip()[:_LONGEST] for rule, line in found.items()}
 
 

@@ -19,7 +19,7 @@ from launcher import contract
 from launcher.adopt import adopt
 from launcher.backends.base import Backend, Feature, Handle, LogLine, Plan, features_missing
 from launcher.compare import Comparison, Surroundings, compare
-from launcher.errors import CvlaunchError, JobFailedError, SpecError, UnreachableError, UnsupportedError
+from launcher.errors import AuthError, CvlaunchError, JobFailedError, SpecError, UnreachableError, UnsupportedError
 from launcher.ledger import Ledger, RunRecord, RunSummary
 from launcher.logfiles import follow_logs
 from launcher.metrics import Metrics, Point, Reader
@@ -162,12 +162,16 @@ class Run:
         return f"<table>{''.join(cells)}</table>"
 
     def status(self) -> Status:
-        """Asks the platform, once. UnreachableError if it does not answer; the run itself goes on."""
+        """Asks the platform, once. The run itself goes on, whatever happens to us.
+
+        UnreachableError if it does not answer, or can't be asked; AuthError if it does not know us any more.
+        """
         silent = refresh([self._record], ledger=self._ledger)
         self._record = self._ledger.get(self.id)
         if silent:
-            target, why = silent[0]
-            raise UnreachableError(f"target {target} could not be asked: {why}")
+            target, error = silent[0]
+            kind = AuthError if isinstance(error, AuthError) else UnreachableError
+            raise kind(f"target {target} could not be asked: {error}") from error
         return self._record.last_status
 
     def _status_or_last(self) -> Status:
@@ -396,13 +400,13 @@ class Run:
 
 def refresh(
     records: Iterable[RunRecord | RunSummary], *, ledger: Ledger, now: Callable[[], float] = time.time
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, CvlaunchError]]:
     """Asks about all that have not ended, in one call for each target, and keeps the answers.
 
     Returns (target, why) for targets that could not be asked.
     """
     groups: dict[str, list[RunRecord]] = defaultdict(list)
-    silent: list[tuple[str, str]] = []
+    silent: list[tuple[str, CvlaunchError]] = []
     for known in records:
         if _settled_for_good(known.state):
             continue
@@ -421,12 +425,12 @@ def _settled_for_good(state: State) -> bool:
 
 
 @contextlib.contextmanager
-def _silence_noted(target: str, silent: list[tuple[str, str]]) -> Iterator[None]:
+def _silence_noted(target: str, silent: list[tuple[str, CvlaunchError]]) -> Iterator[None]:
     """One target that can't be asked, or whose plug-in is gone, hides no other."""
     try:
         yield
     except CvlaunchError as error:
-        silent.append((target, str(error)))
+        silent.append((target, error))
 
 
 def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> None:

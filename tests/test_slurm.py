@@ -167,9 +167,8 @@ def test_a_run_that_waits_for_its_next_start_is_cancelled(
 ) -> None:
     run = run_job(STOPPABLE, **secret)
     stop_early(run, world, slurm)
-    until(lambda: slurm.state(job_of(run)) == "PENDING", world)
-    status = run.status()
-    assert (status.state, status.reason) == (State.RESTARTING, "waiting for its earliest start")
+    until(lambda: run.status().reason == "waiting for its earliest start", world)
+    assert run.status().state is State.RESTARTING
     assert run.cancel().state is State.CANCELLED
     assert secrets_left(run) == []
     assert starts(run) == 1

@@ -59,7 +59,7 @@ SECTIONS = {
 
 EXIT_CODES = {
     0: "done",
-    1: "the run did not succeed; `diff`: they differ; `rehearse`: broken rule; `shm check`: too little",
+    1: "the run did not succeed; `diff`, `rehearse`, `shm check` found something",
     2: "wrong input: the message names file, line and key",
     4: "no identity, or one without the permission",
     5: "no room: quota, hardware or disk",

@@ -15,7 +15,7 @@ from launcher.cli.live import view_of
 from launcher.cli.options import find_run, json_option, run_argument, runs_argument, seconds
 from launcher.cli.out import Out, clean
 from launcher.cli.shapes import run_json
-from launcher.errors import CvlaunchError, UnreachableError
+from launcher.errors import AuthError, CvlaunchError, UnreachableError
 from launcher.quantities import format_duration
 from launcher.status import State, Status
 
@@ -83,11 +83,12 @@ def _as_they_end(found: dict[str, Run], timeout: float | None, out: Out) -> Iter
     pending = list(found)
     for pause in intervals(first=0.3, most=15.0):
         unended = {run_id for run_id in pending if not found[run_id].record.state.terminal}
-        silent = refresh([found[run_id].record for run_id in pending], ledger=ledger)
-        for target, why in silent:
-            if (target, why) not in said:
+        for target, why in refresh([found[run_id].record for run_id in pending], ledger=ledger):
+            if isinstance(why, AuthError):  # asking again does not help; the runs go on
+                raise AuthError(f"target {target} could not be asked: {why}; then: cvlaunch wait {' '.join(pending)}")
+            if (target, str(why)) not in said:
                 out.warn(f"target {target} could not be asked: {why}; asking again")
-        said.update(silent)
+            said.add((target, str(why)))
         for run_id in list(pending):
             found[run_id] = Run(ledger.get(run_id), ledger)
             if found[run_id].record.state.terminal:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import secrets as random_source
-import stat
+import subprocess
 import tempfile
 import textwrap
 import time
@@ -414,14 +413,20 @@ def holders(value: str) -> dict[int, str]:
 
 
 def files_with(value: str, *, since: float, folders: Iterable[Path]) -> set[Path]:
-    """Files below these folders that hold `value`, of those that have changed since (Unix seconds)."""
+    """Files below these folders that hold `value`, of those that have changed since (Unix seconds).
+
+    By find, which looks at a million files in seconds.
+    """
+    there = [str(folder) for folder in set(folders) if folder.exists()]
+    with tempfile.NamedTemporaryFile() as mark:
+        os.utime(mark.name, (since, since))
+        command = ["find", *there, "-type", "f", "-newer", mark.name, "-print0"]
+        names = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
     found = set()
-    for top, _, names in itertools.chain.from_iterable(os.walk(folder) for folder in set(folders)):
-        for path in (Path(top, name) for name in names):
-            with contextlib.suppress(OSError):
-                facts = path.lstat()
-                if stat.S_ISREG(facts.st_mode) and facts.st_mtime >= since and value.encode() in path.read_bytes():
-                    found.add(path)
+    for path in (Path(os.fsdecode(name)) for name in names.split(b"\0") if name):
+        with contextlib.suppress(OSError):
+            if value.encode() in path.read_bytes():
+                found.add(path)
     return found
 
 

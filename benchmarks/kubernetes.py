@@ -32,7 +32,8 @@ MOST_REQUESTS = 5
 
 OURS = """
 from launcher.backends.base import Handle
-from launcher.backends.kubernetes import KubernetesBackend, KubernetesTarget
+from launcher.backends.kubernetes import KubernetesBackend
+from launcher.kube.target import KubernetesTarget
 backend = KubernetesBackend(KubernetesTarget(kubeconfig=sys.argv[1], namespace=sys.argv[2]), "bench")
 handles = [Handle("kubernetes", "bench", f"bench-{number:04}") for number in range(int(sys.argv[3]))]
 def poll():

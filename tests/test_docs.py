@@ -27,10 +27,10 @@ import launcher
 from launcher import JobSpec, Run, State, contract, errors, render, submit
 from launcher.backends.base import BaseTarget, Notify, Storage
 from launcher.backends.container import ContainerTarget
-from launcher.backends.kubernetes import KubernetesTarget
 from launcher.backends.local import LocalTarget
 from launcher.cli.app import cli
 from launcher.jobfile import load_job
+from launcher.kube.target import KubernetesTarget
 from launcher.metrics import parse_lines
 from launcher.spec import ClassifyConfig, CodeSpec, DetectConfig, Model, Resources
 from launcher.targets import load_targets

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from launcher.backends.kubernetes import KubernetesTarget
 from launcher.cli.app import main
 from launcher.errors import AuthError
 from launcher.kube.access import Access
 from launcher.kube.client import Cluster
 from launcher.kube.probe import ROLE, Subject, as_target, policy, probe
+from launcher.kube.target import KubernetesTarget
 from tests.services.kube import KubeCluster
 
 Json = dict[str, Any]

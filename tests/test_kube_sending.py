@@ -11,8 +11,9 @@ import yaml
 
 from launcher import submit
 from launcher.backends.base import Plan
-from launcher.backends.kubernetes import KubernetesBackend, KubernetesTarget
+from launcher.backends.kubernetes import KubernetesBackend
 from launcher.errors import ConflictError
+from launcher.kube.target import KubernetesTarget
 from launcher.kube.words import RUN_ID
 from launcher.run import render
 from launcher.spec import JobSpec

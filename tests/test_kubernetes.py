@@ -19,8 +19,9 @@ import yaml
 
 from launcher import ConflictError, Run, SpecError, State, attach, render, runs, submit
 from launcher.backends.base import Backend, Handle
-from launcher.backends.kubernetes import KubernetesBackend, KubernetesTarget
+from launcher.backends.kubernetes import KubernetesBackend
 from launcher.errors import AuthError, CapacityError, CvlaunchError, UnreachableError, UnsupportedError
+from launcher.kube.target import KubernetesTarget
 from launcher.kube.words import RUN_ID, SUBMISSION
 from launcher.ledger import Ledger
 from launcher.run import refresh

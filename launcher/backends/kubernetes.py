@@ -8,17 +8,13 @@ after it and belongs to it, and goes when it goes.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
 
 from launcher import beside
 from launcher.backends.base import (
@@ -35,48 +31,31 @@ from launcher.backends.base import (
 )
 from launcher.contract import (
     DEFAULT_ROOT,
-    EXIT_LOST,
-    EXIT_PREEMPTED,
     OUTPUT_FOLDERS,
     STARTED,
     JobFile,
 )
 from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchError, SpecError
 from launcher.kube import words
-from launcher.kube.client import Access, Cluster, Json
-from launcher.kube.gpus import WAYS, is_gpu, node_requirement, toleration_key
+from launcher.kube.client import Cluster, Json
+from launcher.kube.gpus import is_gpu, node_requirement
 from launcher.kube.logs import run_logs
+from launcher.kube.manifest import manifest_context, places, stored_secrets
+from launcher.kube.target import KubernetesTarget, OpenShiftTarget
 from launcher.kube.volume import open_volume, split_uri
 from launcher.kube.words import CONTAINER, Seen
 from launcher.plan import dump_yaml
-from launcher.quantities import format_size
 from launcher.rules import RULES, ContainerRules
-from launcher.shm import SHM, size_as_written
-from launcher.spec import Duration, Model
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, scheme
 from launcher.watch import seldom
 
-__all__ = ["KubernetesBackend", "KubernetesTarget", "OpenShiftBackend", "OpenShiftTarget"]
+__all__ = ["KubernetesBackend", "OpenShiftBackend"]
 
 _IN_PLACE = dict.fromkeys(OUTPUT_FOLDERS, "in_place")
 _UPLOADED = dict.fromkeys(OUTPUT_FOLDERS, "runner")
 _CHANNELS = {"pvc": "mounted", "s3": "staged", "gs": "staged"}
 
-_JOB, _SECRETS = "/etc/cvlaunch/job", "/etc/cvlaunch/secrets"
-_TERMINATION = "/dev/termination-log"
-_PORT = 29500
-
-_LONGEST_JOB = 200_000
-"""Bytes of job.json; the annotations of an object hold 256 KiB together."""
-_LEAST_MEMORY = 512 << 20
-"""Bytes that Python and torch need besides shared memory."""
-_USUAL_MEMORY = 2 << 30
-"""Asked for besides shared memory, where the job says nothing: a pod without a request is evicted first."""
-_AROUND_TIMEOUT_S = 15 * 60
-"""The pod's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
-_REFUSALS_BY_NODES = 2
-"""How often a node may refuse a pod, or forget it in a restart, until the run has failed."""
 _AT_ONCE = 8
 _TELLING = "type=Warning,reason!=FailedScheduling,reason!=Failed,reason!=BackOff"
 """Events of Jobs and of pods in one call; not those that the pod's own status repeats."""
@@ -92,74 +71,6 @@ _FOREIGN = {
     "train": "the trainer is started by our runner; write runner: auto",
 }
 """Key of the job → why a foreign image can't have it."""
-
-
-def _gpu_resource(value: str) -> str:
-    if not is_gpu(value):
-        raise ValueError(f"expected a resource such as nvidia.com/gpu or nvidia.com/mig-1g.5gb, found {value!r}")
-    return value
-
-
-class Spot(Model):
-    """Where pods go that may lose their node at any time."""
-
-    node_selector: dict[str, str] = Field({}, description="labels of spot nodes: {cloud.google.com/gke-spot: 'true'}")
-    tolerations: tuple[dict[str, Any], ...] = Field((), description="of the taints that spot nodes have")
-
-
-class KubernetesTarget(BaseTarget):
-    """A namespace of a cluster, the way to it, and what every pod there gets."""
-
-    backend: str = "kubernetes"
-    context: str | None = Field(None, description="of your kubeconfig; none: the current one, or the pod's we are in")
-    kubeconfig: str | None = Field(None, description="file; none: $KUBECONFIG, then ~/.kube/config")
-    namespace: str | None = Field(None, description="none: the context's; a project on OpenShift")
-    service_account: str | None = Field(None, description="of the pods: workload identity comes with it")
-    image_pull_secrets: tuple[str, ...] = Field((), description="Secrets by which images are pulled")
-    storage_secret: str | None = Field(
-        None, description="Secret whose keys become variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
-    )
-    run_as_user: int | None = Field(1000, ge=1, description="user id of the pods; none: the image's own, not root")
-    fs_group: int | None = Field(1000, ge=0, description="group that owns volumes; none: the cluster decides")
-    read_only: bool = Field(True, description="the image's own folders can't be written")
-    gpu_resource: Annotated[str, AfterValidator(_gpu_resource)] = Field(
-        "nvidia.com/gpu", description="what a GPU is called: nvidia.com/mig-1g.5gb, amd.com/gpu"
-    )
-    gpu_label: str = Field(
-        "gfd", description=f"how nodes say which GPUs they have: {', '.join(WAYS)}, or the key of another label"
-    )
-    gpu_values: dict[str, tuple[str, ...]] = Field({}, description="GPU model → label values: {A100: [NVIDIA-A100X]}")
-    scales_up: bool = Field(False, description="nodes come when they are needed, so none has to be there at submission")
-    node_selector: dict[str, str] = Field({}, description="labels that nodes must have")
-    tolerations: tuple[dict[str, Any], ...] = Field((), description="as in a pod's specification")
-    spot: Spot | None = Field(None, description="nodes for jobs with resources.spot")
-    queue: str | None = Field(None, description="LocalQueue of Kueue")
-    queue_priority: str | None = Field(None, description="WorkloadPriorityClass of Kueue")
-    priority_class: str | None = Field(None, description="PriorityClass of the pods")
-    labels: dict[str, str] = Field({}, description="further labels of Job and pods")
-    annotations: dict[str, str] = Field({}, description="further annotations of the pods: sidecar.istio.io/inject")
-    interface: str | None = Field(None, description="network between nodes: eth0; none: NCCL and gloo choose")
-    pull_patience: Duration = Field(
-        600.0, description="how long an image or a container may fail to come until the run is ended: 10m"
-    )
-    helper_image: str | None = Field(
-        None, description="with Python, for pods that read a volume; none: that of the run which is read"
-    )
-    registry_inside: str | None = Field(
-        None, description="`registry` as the nodes reach it, where that is another name (OpenShift's own)"
-    )
-
-    @property
-    def access(self) -> Access:
-        return Access(context=self.context, kubeconfig=self.kubeconfig, namespace=self.namespace)
-
-
-class OpenShiftTarget(KubernetesTarget):
-    """Its security context constraint restricted-v2 gives each namespace a range of user ids and a group."""
-
-    backend: str = "openshift"
-    run_as_user: int | None = Field(None, ge=1, description="none: OpenShift takes one of the project's range")
-    fs_group: int | None = Field(None, ge=0, description="none: OpenShift takes the project's")
 
 
 class KubernetesBackend:
@@ -199,56 +110,8 @@ class KubernetesBackend:
     def rules(self) -> ContainerRules:
         return RULES[self.name]
 
-    # -- the manifest -------------------------------------------------------------------------------------------------
-
     def context(self, job: Job, run_id: str, job_file: JobFile) -> Mapping[str, object]:
-        target, resources, foreign = self.target, job.spec.resources, job.spec.runner == "none"
-        text = json.dumps(job_file.to_json(), indent=1, sort_keys=True)
-        if len(text.encode()) > _LONGEST_JOB:
-            raise SpecError(f"the job has more than {_LONGEST_JOB} bytes; put long values into a file of its code")
-        labels = {"app.kubernetes.io/managed-by": "cvlaunch", words.RUN_ID: run_id, **target.labels}
-        return {
-            "run_id": run_id,
-            "namespace": target.namespace,
-            "labels": labels,
-            "job_labels": {**labels, **_queue_labels(target)},
-            "annotations": _job_annotations(job),
-            "pod_labels": {**labels, words.SUBMISSION: "1"},
-            "pod_annotations": {**target.annotations, words.JOB_JSON: text},
-            "nodes": resources.nodes,
-            "container": CONTAINER,
-            "again_codes": sorted({EXIT_PREEMPTED, EXIT_LOST}),
-            "preempted_code": EXIT_PREEMPTED,
-            "retries": job.spec.retries if foreign else _REFUSALS_BY_NODES,
-            "foreign": foreign,
-            "grace_s": math.ceil(resources.grace),
-            "deadline_s": _deadline(resources.timeout, foreign),
-            "service_account": target.service_account,
-            "priority_class": target.priority_class,
-            "pull_secrets": target.image_pull_secrets,
-            "node_selector": {**target.node_selector, **_spot(target, resources.spot).node_selector},
-            "gpu_nodes": node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values),
-            "tolerations": list(_tolerations(target, resources.gpus, resources.spot)),
-            "run_as_user": target.run_as_user,
-            "fs_group": target.fs_group,
-            "read_only": target.read_only and not foreign,
-            "image": self._image(job),
-            "command": ["cvlaunch-run"],
-            "arguments": [_literal(word) for word in job.command or ()],
-            "env": list(_variables(job, run_id, job_file, target)),
-            "storage_secret": target.storage_secret,
-            "termination": _TERMINATION,
-            "requests": _requests(job, target.gpu_resource),
-            "limits": _limits(job, target.gpu_resource),
-            "mounts": list(_mounts(job, run_id, job_file)),
-            "volumes": list(_volumes(job, run_id, job_file)),
-        }
-
-    def _image(self, job: Job) -> str:
-        reference = job.image.reference if job.image else ""
-        here, inside = self.target.registry, self.target.registry_inside
-        same = here and inside and reference.startswith((f"{here}:", f"{here}@"))
-        return f"{inside}{reference.removeprefix(here)}" if same and here else reference
+        return manifest_context(job, run_id, job_file, target=self.target)
 
     # -- before and at submission -------------------------------------------------------------------------------------
 
@@ -263,15 +126,13 @@ class KubernetesBackend:
         yield from self._check_secrets(job)
         yield from self._check_claims(job)
         yield from self._check_gpus(job)
-        places = {job.output, *(channel.uri for channel in job.channels)}
-        if {scheme(place) for place in places} & {"s3", "gs"} and not (
-            self.target.storage_secret or self.target.service_account
-        ):
+        keys = self.target.storage_secret or self.target.service_account
+        if not keys and {scheme(place) for place in places(job)} & {"s3", "gs"}:
             message = "the target has neither storage_secret nor service_account, by which pods could reach the store"
             yield Problem("storage_secret", message, fatal=False)
 
     def _check_secrets(self, job: Job) -> Iterator[Problem]:
-        target, stored = self.target, _stored_secrets(job.spec.secrets)
+        target, stored = self.target, stored_secrets(job.spec.secrets)
         wanted = [("image_pull_secrets", name, "") for name in target.image_pull_secrets]
         wanted += [("storage_secret", target.storage_secret, "")] if target.storage_secret else []
         wanted += [(f"secrets.{variable}", name, entry) for variable, (name, entry) in stored.items()]
@@ -287,8 +148,8 @@ class KubernetesBackend:
                 yield Problem(key, f"the Secret {name} has no key {entry}: correct it; there are {there}")
 
     def _check_claims(self, job: Job) -> Iterator[Problem]:
-        places = [*((f"data.{channel.name}", channel.uri) for channel in job.channels), ("output", job.output)]
-        claims = {split_uri(uri)[0]: key for key, uri in places if scheme(uri) == "pvc"}
+        wanted = [*((f"data.{channel.name}", channel.uri) for channel in job.channels), ("output", job.output)]
+        claims = {split_uri(uri)[0]: key for key, uri in wanted if scheme(uri) == "pvc"}
         for claim, key in sorted(claims.items()):
             try:
                 found = self._cluster.get(self._cluster.path("persistentvolumeclaims", claim))
@@ -670,192 +531,6 @@ class OpenShiftBackend(KubernetesBackend):
 _RESOURCES = {"Secret": "secrets", "Service": "services"}
 _STRICT = {"fieldValidation": "Strict"}
 """A field that nobody knows is refused, as kubectl has it; otherwise it would be left out without a word."""
-
-
-# -- what the manifest says -------------------------------------------------------------------------------------------
-
-
-def _queue_labels(target: KubernetesTarget) -> dict[str, str]:
-    found = {"kueue.x-k8s.io/queue-name": target.queue, "kueue.x-k8s.io/priority-class": target.queue_priority}
-    return {name: value for name, value in found.items() if value}
-
-
-def _job_annotations(job: Job) -> dict[str, str]:
-    found = {"cvlaunch/job-digest": job.digest}
-    wait = job.spec.resources.max_wait
-    return found if wait is None else {**found, words.MAX_WAIT: f"{wait:g}"}
-
-
-def _deadline(timeout: float | None, foreign: bool) -> int | None:
-    """Of the pod, whose clock starts when a node has taken it."""
-    return None if timeout is None else math.ceil(timeout) + (0 if foreign else _AROUND_TIMEOUT_S)
-
-
-def _spot(target: KubernetesTarget, wanted: bool) -> Spot:
-    if wanted and target.spot is None:
-        raise SpecError(
-            "the target doesn't say which nodes are spot; add spot: {node_selector: …, tolerations: […]} to it",
-            key="resources.spot",
-        )
-    return target.spot if wanted and target.spot else Spot.model_construct(node_selector={}, tolerations=())
-
-
-def _tolerations(target: KubernetesTarget, gpus: int, spot: bool) -> Iterator[Mapping[str, Any]]:
-    if gpus:
-        yield {"key": toleration_key(target.gpu_resource), "operator": "Exists", "effect": "NoSchedule"}
-    yield from target.tolerations
-    yield from _spot(target, spot).tolerations
-
-
-def _variables(job: Job, run_id: str, job_file: JobFile, target: KubernetesTarget) -> Iterator[Mapping[str, Any]]:
-    if job.spec.runner == "none":
-        yield from _foreign_variables(job, run_id)
-        return
-    plain = {
-        "CVLAUNCH_JOB": f"{_JOB}/job.json",
-        "CVLAUNCH_ROOT": DEFAULT_ROOT,
-        "CVLAUNCH_LOG": "tagged",
-        "CVLAUNCH_TERMINATION": _TERMINATION,
-        "PYTHONUNBUFFERED": "1",
-    }
-    if job_file.nodes > 1:
-        plain |= {"CVLAUNCH_NODES": str(job_file.nodes), "CVLAUNCH_MASTER": f"{run_id}-0.{run_id}:{_PORT}"}
-    if target.interface:
-        plain["CVLAUNCH_INTERFACE"] = target.interface
-    if job_file.secrets:
-        plain["CVLAUNCH_SECRETS_FOLDER"] = _SECRETS
-    yield from ({"name": name, "value": value} for name, value in plain.items())
-    fields = {
-        "CVLAUNCH_NATIVE_ID": "metadata.labels['batch.kubernetes.io/controller-uid']",
-        "CVLAUNCH_SUBMISSION": f"metadata.labels['{words.SUBMISSION}']",
-        "CVLAUNCH_NODE": "spec.nodeName",
-    }
-    yield from ({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items())
-
-
-def _foreign_variables(job: Job, run_id: str) -> Iterator[Mapping[str, Any]]:
-    for name, value in job.spec.env.items():
-        yield {"name": name, "value": _literal(value)}
-    stored = _stored_secrets(job.spec.secrets)
-    for name in job.spec.secrets:
-        secret, key = stored.get(name, (run_id, name))
-        yield {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
-
-
-def _literal(text: str) -> str:
-    """Kubernetes takes `$(NAME)` for a variable and `$$` for a dollar; with each such `$` doubled it takes none."""
-    return re.sub(r"\$(?=[$(])", "$$", text)
-
-
-def _stored_secrets(secrets: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Variable → (Secret, key) of those that are in the cluster: `store:SECRET/KEY`."""
-    found = {}
-    for variable, reference in secrets.items():
-        if not reference.startswith("store:"):
-            continue
-        name, slash, key = reference.removeprefix("store:").partition("/")
-        if not (name and slash and key):
-            raise SpecError(
-                f"{reference!r} names no key of a Secret; it looks like store:SECRET/KEY", key=f"secrets.{variable}"
-            )
-        found[variable] = (name, key)
-    return found
-
-
-def _memory(job: Job) -> int | None:
-    """The limit, of which shared memory is a part. SpecError if it leaves too little."""
-    memory, shm = job.spec.resources.memory, job.shm or 0
-    if memory is not None and shm and shm + _LEAST_MEMORY > memory:
-        total = format_size(shm + _LEAST_MEMORY)
-        raise SpecError(
-            f"{format_size(memory)} is less than {total}: {format_size(shm)} of shared memory, which counts as memory, "
-            f"and {format_size(_LEAST_MEMORY)} for the processes; write memory: {size_as_written(shm + _LEAST_MEMORY)} "
-            "or more, or less shm",
-            key="resources.memory",
-        )
-    return memory
-
-
-def _requests(job: Job, gpu: str) -> dict[str, str]:
-    resources = job.spec.resources
-    found = {"memory": size_as_written(_memory(job) or _USUAL_MEMORY + (job.shm or 0))}
-    if resources.cpus:
-        found["cpu"] = str(resources.cpus)
-    return {
-        **found,
-        "ephemeral-storage": size_as_written(job.disk),
-        **({gpu: str(resources.gpus)} if resources.gpus else {}),
-    }
-
-
-def _limits(job: Job, gpu: str) -> dict[str, str]:
-    """Cores have none: a limit slows a pod down even where cores are idle."""
-    found = {"ephemeral-storage": size_as_written(job.disk)}
-    if memory := _memory(job):
-        found["memory"] = size_as_written(memory)
-    return {**found, **({gpu: str(job.spec.resources.gpus)} if job.spec.resources.gpus else {})}
-
-
-def _mounts(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
-    """Where a volume is mounted below another, the kubelet makes the folders between and owns them: then those that the
-    runner needs are mounts of their own."""
-    foreign, (volume, base) = job.spec.runner == "none", _root(job_file, run_id)
-    mounted = [channel for channel in job_file.channels if channel.access == "mounted"]
-    if not foreign:
-        yield {"name": volume, "mountPath": DEFAULT_ROOT, "subPath": base}
-        yield {"name": "work", "mountPath": "/tmp", "subPath": "tmp"}  # noqa: S108 names the container's
-        yield {"name": "job", "mountPath": _JOB, "readOnly": True}
-    own = ["config", "control", *(f"data/{c.name}" for c in job_file.channels if c.access != "mounted")]
-    for name in own if mounted and not foreign else ():
-        yield {"name": volume, "mountPath": f"{DEFAULT_ROOT}/input/{name}", "subPath": f"{base}/input/{name}"}
-    for channel in mounted:
-        claim, path = split_uri(channel.uri)
-        mount = {"name": _volume(claim), "mountPath": f"{DEFAULT_ROOT}/input/data/{channel.name}", "readOnly": True}
-        yield {**mount, "subPath": path} if path else mount
-    if job_file.secrets and not foreign:
-        yield {"name": "secrets", "mountPath": _SECRETS, "readOnly": True}
-    if job.shm:
-        yield {"name": "shm", "mountPath": SHM}
-
-
-def _volumes(job: Job, run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
-    if job.spec.runner != "none":
-        yield {"name": "work", "emptyDir": {"sizeLimit": size_as_written(job.disk)}}
-        item = {"path": "job.json", "fieldRef": {"fieldPath": f"metadata.annotations['{words.JOB_JSON}']"}}
-        yield {"name": "job", "downwardAPI": {"items": [item]}}
-        if job_file.secrets:
-            yield {"name": "secrets", "projected": {"defaultMode": 0o440, "sources": list(_sources(run_id, job_file))}}
-    if job.shm:
-        yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size_as_written(job.shm)}}
-    for claim in sorted({split_uri(uri)[0] for uri in _places(job) if scheme(uri) == "pvc"}):
-        yield {"name": _volume(claim), "persistentVolumeClaim": {"claimName": claim}}
-
-
-def _sources(run_id: str, job_file: JobFile) -> Iterator[Mapping[str, Any]]:
-    """A file for each variable: of the run's own Secret, and of those in the cluster."""
-    stored = _stored_secrets(job_file.secrets)
-    own = [name for name in job_file.secrets if name not in stored]
-    if own:
-        yield {"secret": {"name": run_id, "items": [{"key": name, "path": name} for name in own]}}
-    for variable, (name, key) in stored.items():
-        yield {"secret": {"name": name, "items": [{"key": key, "path": variable}]}}
-
-
-def _root(job_file: JobFile, run_id: str) -> tuple[str, str]:
-    """(volume, path in it) of /opt/ml."""
-    if job_file.movers["output"] != "in_place":
-        return "work", "ml"
-    claim, path = split_uri(job_file.output)
-    return _volume(claim), f"{path}/{run_id}".strip("/")
-
-
-def _places(job: Job) -> list[str]:
-    return [job.output, *(channel.uri for channel in job.channels)]
-
-
-def _volume(claim: str) -> str:
-    """Names of volumes are labels: no dots, 63 characters."""
-    return f"claim-{claim.replace('.', '-')}"[:63].rstrip("-")
 
 
 # -- objects ----------------------------------------------------------------------------------------------------------

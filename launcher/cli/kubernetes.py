@@ -30,7 +30,7 @@ def access(context: str | None, kubeconfig: str | None, namespace: str | None) -
 
 def access_of(selected: Selected) -> Access:
     """The way to a target's cluster. UnsupportedError for targets of other backends."""
-    from launcher.backends.kubernetes import KubernetesTarget
+    from launcher.kube.target import KubernetesTarget
 
     target = selected.target
     if not isinstance(target, KubernetesTarget):

@@ -158,10 +158,12 @@ def check(*, size: int | None, way: _Way, out: Out) -> int:
     That is less than asked in a container that seems to load data with PyTorch: it has a GPU, it is a workbench, or its
     image or command says so. Exits with 1 if there is one.
     """
+    from launcher.kube.helper import HELPER
     from launcher.kube.shmcheck import check_pod
 
     with _reached(way) as cluster:
-        pods = sorted(cluster.list(cluster.path("pods")), key=lambda pod: str(pod["metadata"]["name"]))
+        others = f"!{HELPER}"  # than those that serve a claim to us for a moment
+        pods = sorted(cluster.list(cluster.path("pods"), labels=others), key=lambda pod: str(pod["metadata"]["name"]))
         found = [finding for pod in pods for finding in check_pod(pod, least=size)]
         where = cluster.where
     few = [finding for finding in found if finding.too_little]
@@ -213,7 +215,7 @@ def _access(way: _Way) -> Access:
     own = Access(context=way.context, kubeconfig=way.kubeconfig, namespace=way.namespace)
     if way.target is None:
         return own
-    from launcher.backends.kubernetes import KubernetesTarget
+    from launcher.kube.target import KubernetesTarget
     from launcher.targets import load_targets
 
     target = load_targets(Path.cwd()).select(target=way.target).target

@@ -374,9 +374,10 @@ def _facts(seen: Seen, job: Mapping[str, Any]) -> Status:
     said = [attempt for pod in pods if isinstance(attempt := _said(pod).get("attempt"), int)]
     ended = max(filter(None, map(_ended_at, pods)), default=None) if is_over(job) else None
     over = condition(job, "Complete") or condition(job, "Failed") or {}
+    begun = over or status.get("ready")  # its pods were not looked at
     return Status(
         State.UNKNOWN,
-        started=min(filter(None, map(_started_at, pods)), default=seconds(status.get("startTime"))),
+        started=min(filter(None, map(_started_at, pods)), default=seconds(status.get("startTime")) if begun else None),
         ended=ended or seconds(over.get("lastTransitionTime")),
         node=latest["spec"].get("nodeName", "") if latest else "",
         attempt=max([*said, len({pod["metadata"]["uid"] for pod in pods if completion_index(pod) == 0}), 1]),

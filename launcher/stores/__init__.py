@@ -59,6 +59,8 @@ def open_store(uri: str, options: StorageOptions | None = None, *, patience_s: f
     """
     options = options or StorageOptions()
     kind = scheme(uri)
+    if kind == "file" and (typo := re.match(r"([a-z][a-z0-9]+):/?(?=[^/])", uri)) and not uri.startswith("file:"):
+        raise SpecError(f"{uri!r} is neither a folder nor a URI; a URI looks like {typo[1]}://bucket/folder")
     if kind == "file":
         return FolderStore(Path(os.path.abspath(path_of(uri))))  # noqa: PTH100
     if kind == "ssh":

@@ -10,7 +10,7 @@ have; Python 3.8 runs it. It ends by itself after IDLE_S seconds without a reque
     GET  /file?root=ROOT&path=PATH      bytes; `Range: bytes=4-` or `bytes=4-9`, `If-Match: ETAG`
     PUT  /file?root=ROOT&path=PATH      all or nothing; `If-None-Match: *` for a file that must not be there yet
     GET  /list?root=ROOT&path=PREFIX    a JSON object a line, sorted by path; an error on the way is the last of them
-    POST /delete?root=ROOT              a JSON list of paths; what is missing is fine
+    POST /delete?root=ROOT              a JSON list of paths; what is missing is fine; empty folders go, too
 
 ROOT is a folder in FOLDER, PATH a file in ROOT; no link leads out of either. Files, times and ETags are those of
 launcher.stores.FolderStore. What went wrong stands in the header `X-Cvlaunch-Error`: the name of an errno, or
@@ -185,7 +185,16 @@ class _Handler(BaseHTTPRequestHandler):
             full = self._place(path, replaced=True)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 full.unlink()
+            self._remove_empty(full.parent)
         self._answer(200, {"Content-Length": 0})
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Up to ROOT, as an object store has no folders either."""
+        root = self._root()
+        with contextlib.suppress(OSError):  # the first that still holds something ends it
+            while folder != self.server.folder and (folder == root or root in folder.parents):
+                folder.rmdir()
+                folder = folder.parent
 
     # -- where it is --
 

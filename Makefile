@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 SAME   := $(VENV)/constraints.txt
 PIP    := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint $(SAME)
-PYTEST ?= -n 2 --dist worksteal
+# Twice the cores of a small machine, because most tests wait for something.
+PYTEST ?= -n 4 --dist worksteal
 
 .PHONY: demo test test-cluster check test-wheel bench schema lock pin-base clean
 

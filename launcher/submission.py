@@ -38,6 +38,7 @@ from launcher.jobfile import load_job
 from launcher.ledger import Ledger, RunRecord, new_run_id, valid_run_id
 from launcher.plan import job_file, load_template, make_plan
 from launcher.process import ProcessId
+from launcher.quantities import format_duration
 from launcher.resolve import resolve
 from launcher.secretfiles import require_private
 from launcher.spec import JobSpec
@@ -410,7 +411,10 @@ def _by_platform(seen: RunRecord, found: Handle | None, doubt_s: float, ledger: 
         return _settle(seen, ledger, state=State.QUEUED, handle=str(found), status={}, owner={})
     if now - (seen.unseen_since or now) >= doubt_s:
         return _settle(seen, ledger, state=State.NOT_SUBMITTED, status={"reason": _cut_off(seen)})
-    return seen if seen.unseen_since else _settle(seen, ledger, unseen_since=now)
+    if seen.unseen_since:
+        return seen
+    reason = f"it was cut off; whether it arrived will show within {format_duration(doubt_s)}"
+    return _settle(seen, ledger, unseen_since=now, status={"reason": reason})
 
 
 def _settle(seen: RunRecord, ledger: Ledger, **changes: object) -> RunRecord:

@@ -41,7 +41,6 @@ SDKS = {
     "obstore": ["stores", "credentials.aws", "credentials.google"],
     "jinja2": ["plan", "report"],
     "kubernetes": ["kube"],
-    "ruamel": ["kube"],
     "websocket": ["kube"],
     "torch": [],
     "ultralytics": [],

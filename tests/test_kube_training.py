@@ -4,6 +4,7 @@ what is trained at home."""
 from __future__ import annotations
 
 import functools
+import secrets
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from launcher import Metrics, Run, State, manifest, render, submit
 from launcher.ledger import Ledger
 from launcher.stores import open_store
 from launcher.submission import push_channels
+from launcher.targets import load_targets
 from launcher.testing.conformance import text_of
 from tests.services.podman import locked, podman
 from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
@@ -167,3 +169,19 @@ def test_two_nodes_train_as_two_processes_at_home(
     assert series(run.metrics()) == series(at_home(**{"resources.processes": "2"}).metrics())
     assert {line.node for line in run.logs()} == {0, 1}
     assert run.store().head("nodes/1/output/metrics.jsonl") is None, "one node writes them"
+
+
+@pytest.mark.parametrize("make_world", ["openshift"] if REAL is None else ["that is real"], indirect=True)
+def test_somebody_looked_before_the_pod_began(world: KubernetesWorld, ledger: Ledger, tmp_path: Path) -> None:
+    """The run's folder is on the claim already, made by the pod that serves it."""
+    run_id = f"looked-{secrets.token_hex(4)}"
+    data = {"near": f"{world.target['output']}/_data/near"}
+    write_target(tmp_path, world.target)
+    selected = load_targets(tmp_path).select(target="there")
+    selected.store(data["near"]).write("x", b"data")
+    selected.store(f"{world.target['output']}/{run_id}").write("control/watch", b"0")
+    command = [world.python(), "-c", "import os; print(os.listdir(os.environ['CVLAUNCH_DATA_NEAR']))"]
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({"name": "looked", "command": command, "data": data}))
+    run = submit(job, target="there", settings=world.settings, run_id=run_id, ledger=ledger)
+    assert run.wait(timeout=world.patience).state is State.SUCCEEDED, text_of(run)

@@ -367,6 +367,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 def main(port: str, folder: str, idle_s: str = "120") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as process 1 it would not be heard otherwise
+    os.umask(0o002)  # a run writes into folders that are made here, by the volume's group if it has another user
     with FolderServer(int(port), Path(folder), idle_s=float(idle_s)) as server:
         sys.stdout.write(f"serving {folder} on 127.0.0.1:{server.server_address[1]}\n")
         sys.stdout.flush()

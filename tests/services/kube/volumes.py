@@ -197,9 +197,9 @@ def _give_to_group(root: Path, group: int, *, read_only: bool) -> None:
 def host_path(folder: Path, mount: Json, values: dict[str, str]) -> Path:
     """What of a volume's folder a mount shows: a subPath is made if it is not there, with the volume's mode."""
     sub = mount.get("subPath") or expand(mount.get("subPathExpr", ""), values)
-    path = folder
+    path, facts = folder, folder.stat()
+    mode, group = facts.st_mode & 0o7777, facts.st_gid
     for part in Path(sub).parts:
-        mode, group = path.stat().st_mode & 0o7777, path.stat().st_gid
         path /= part
         if not path.exists():
             path.mkdir()

@@ -29,7 +29,7 @@ from launcher.runner.stop import within
 from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store
-from launcher.submission import backend_of, prepare, reconcile_many, resend, send, store_of
+from launcher.submission import OpenBackends, prepare, reconcile_many, resend, send, store_of, target_key
 from launcher.supervised import ended_state
 from launcher.sweep import prepare_many, send_many
 from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
@@ -128,7 +128,7 @@ class Run:
     def __init__(self, run: RunRecord | str, ledger: Ledger | None = None) -> None:
         self._ledger = ledger or Ledger()
         self._record = self._ledger.find(run) if isinstance(run, str) else run
-        self._backend: Backend | None = None
+        self._backends = OpenBackends()
 
     @property
     def id(self) -> str:
@@ -166,7 +166,7 @@ class Run:
 
         UnreachableError if it does not answer, or can't be asked; AuthError if it does not know us any more.
         """
-        silent = refresh([self._record], ledger=self._ledger)
+        silent = refresh([self._record], ledger=self._ledger, backends=self._backends)
         self._record = self._ledger.get(self.id)
         if silent:
             target, error = silent[0]
@@ -394,16 +394,19 @@ class Run:
         return store_of(self._record, self._open_backend())
 
     def _open_backend(self) -> Backend:
-        self._backend = self._backend or backend_of(self._record)
-        return self._backend
+        return self._backends.of(self._record)
 
 
 def refresh(
-    records: Iterable[RunRecord | RunSummary], *, ledger: Ledger, now: Callable[[], float] = time.time
+    records: Iterable[RunRecord | RunSummary],
+    *,
+    ledger: Ledger,
+    backends: OpenBackends | None = None,
+    now: Callable[[], float] = time.time,
 ) -> list[tuple[str, CvlaunchError]]:
     """Asks about all that have not ended, in one call for each target, and keeps the answers.
 
-    Returns (target, why) for targets that could not be asked.
+    backends: of whoever asks again and again. Returns (target, why) for targets that could not be asked.
     """
     groups: dict[str, list[RunRecord]] = defaultdict(list)
     silent: list[tuple[str, CvlaunchError]] = []
@@ -413,10 +416,10 @@ def refresh(
         with _silence_noted(known.target_name, silent):
             if known.run_id in ledger:
                 record = ledger.get(known.run_id)
-                groups[f"{record.backend}:{record.target_name}:{record.target}"].append(record)
+                groups[target_key(record)].append(record)
     for group in groups.values():
         with _silence_noted(group[0].target_name, silent):
-            _refresh_group(group, ledger, now())
+            _refresh_group(group, ledger, now(), backends=backends or OpenBackends())
     return silent
 
 
@@ -433,13 +436,13 @@ def _silence_noted(target: str, silent: list[tuple[str, CvlaunchError]]) -> Iter
         silent.append((target, error))
 
 
-def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float) -> None:
+def _refresh_group(group: Sequence[RunRecord], ledger: Ledger, now: float, *, backends: OpenBackends) -> None:
     """group: runs of one target."""
     known = reconcile_many([run for run in group if not _settled_for_good(run.state)], ledger=ledger, now=now)
     handles = {record.run_id: Handle.parse(record.handle) for record in known if record.handle}
     if not handles:
         return
-    backend = backend_of(known[0])
+    backend = backends.of(known[0])
     answers = backend.status(list(handles.values()))
     asked = [record for record in known if record.run_id in handles and record.run_id in ledger]
     found = {r.run_id: _with_evidence(r, answers[handles[r.run_id]], backend) for r in asked}

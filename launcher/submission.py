@@ -48,6 +48,7 @@ from launcher.targets import Selected, Targets, load_targets
 
 __all__ = [
     "REFUSALS",
+    "OpenBackends",
     "Prepared",
     "accepted",
     "backend_of",
@@ -62,6 +63,7 @@ __all__ = [
     "resend",
     "send",
     "store_of",
+    "target_key",
 ]
 
 _DRY_RUN_ID = "render-0000000000"
@@ -448,6 +450,24 @@ def _known_keys(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, 
             nested = isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel)
             known[name] = _known_keys(inner, value) if nested else value  # type: ignore[arg-type]
     return known
+
+
+class OpenBackends:
+    """Backends that are opened once for each target: to a cluster that is a log-in and a connection."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Backend] = {}
+
+    def of(self, record: RunRecord) -> Backend:
+        key = target_key(record)
+        if key not in self._open:
+            self._open[key] = backend_of(record)
+        return self._open[key]
+
+
+def target_key(record: RunRecord) -> str:
+    """The same for runs whose platform is asked about all of them at once."""
+    return f"{record.backend}:{record.target_name}:{record.target}"
 
 
 def store_of(record: RunRecord, backend: Backend | None = None) -> Store:

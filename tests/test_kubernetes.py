@@ -1034,6 +1034,18 @@ def test_a_token_that_expires_while_somebody_waits(site: Site) -> None:
     assert [status.state for status in ends] == [State.CANCELLED]
 
 
+def test_a_wait_logs_in_once(site: Site) -> None:
+    """A plug-in takes a second of a cloud's, and may ask the user something."""
+    run = site.send({"context": "exec"})
+    plugin = site.cluster.kubeconfig.with_name("token-plugin")
+    count = site.project / "count"
+    plugin.write_text(plugin.read_text().replace("exec cat", f"echo x >> '{count}'; exec cat"))
+    asking = Run(run.record, Ledger())
+    for _ in range(3):
+        assert not asking.status().state.terminal
+    assert count.read_text() == "x\n"
+
+
 def test_a_token_that_nobody_renews(site: Site) -> None:
     """Asking again would not help, so that no wait goes on."""
     run = site.send()

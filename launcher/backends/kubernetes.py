@@ -430,7 +430,6 @@ class KubernetesBackend:
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """From its pods; from the output store what they have no more."""
         run_id = handle.native
-
         ended = seldom(lambda: self.status([handle])[handle].state.terminal)
         return run_logs(
             self._cluster, run_id, lambda: self._run_folder(run_id), ended=ended if follow else None, since=since

@@ -76,14 +76,15 @@ def _as_they_end(found: dict[str, Run], timeout: float | None, out: Out) -> Iter
     """One question for all runs of a target each time; keeps `found` up to date; stops early when the time is up."""
     from launcher.ledger import Ledger
     from launcher.run import Run, refresh
+    from launcher.submission import OpenBackends
     from launcher.watch import intervals
 
-    ledger, said = Ledger(), set[tuple[str, str]]()
+    ledger, backends, said = Ledger(), OpenBackends(), set[tuple[str, str]]()
     deadline = None if timeout is None else time.monotonic() + timeout
     pending = list(found)
     for pause in intervals(first=0.3, most=15.0):
         unended = {run_id for run_id in pending if not found[run_id].record.state.terminal}
-        for target, why in refresh([found[run_id].record for run_id in pending], ledger=ledger):
+        for target, why in refresh([found[run_id].record for run_id in pending], ledger=ledger, backends=backends):
             if isinstance(why, AuthError):  # asking again does not help; the runs go on
                 raise AuthError(f"target {target} could not be asked: {why}; then: cvlaunch wait {' '.join(pending)}")
             if (target, str(why)) not in said:

@@ -16,7 +16,7 @@ import pytest
 from tests.services.podman import configure, podman_works
 from tests.services.slurm import slurm_works
 
-pytest.register_assert_rewrite("launcher.testing.conformance")
+pytest.register_assert_rewrite("launcher.testing.conformance", "tests.distant_stores")
 pytest_plugins = [
     "tests.s3_fixtures",
     "tests.image_fixtures",

@@ -15,7 +15,7 @@ from launcher.errors import AuthError, CapacityError, IntegrityError, SpecError,
 from launcher.remote import Host
 from launcher.stores import open_store
 from launcher.stores.remote import RemoteStore
-from launcher.sync import sync_run
+from tests.distant_stores import *  # noqa: F403 what is promised of both kinds
 from tests.services.sshd import ALIAS, Sshd
 
 pytestmark = pytest.mark.needs("sshd", "root")
@@ -145,33 +145,6 @@ def test_the_root_itself_may_be_a_link(ssh_host: Host, tmp_path: Path) -> None:
     store.write("a/b", b"1")
     assert [entry.path for entry in store.list()] == ["a/b"]
     assert (tmp_path / "scratch/a/b").read_bytes() == b"1"
-
-
-def test_one_of_many_is_first(store: RemoteStore) -> None:
-    def claim(number: int) -> bool:
-        try:
-            store.write("owner", str(number).encode() * 9999, if_absent=True)
-        except FileExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(claim, range(8)))
-    assert won.count(True) == 1
-    assert store.read("owner") == str(won.index(True)).encode() * 9999
-    assert [entry.path for entry in store.list()] == ["owner"]
-
-
-def test_a_run_comes_home(store: RemoteStore, tmp_path: Path) -> None:
-    tree = {f"output/logs/rank-{n}.txt": os.urandom(1000) for n in range(30)} | {"model/weights": os.urandom(3 << 20)}
-    for path, content in tree.items():
-        store.write(path, content)
-    sync_run(store, tmp_path / "home")
-    for path, content in tree.items():
-        assert (tmp_path / "home" / path).read_bytes() == content
-    store.write("output/logs/rank-0.txt", b"longer now")
-    sync_run(store, tmp_path / "home")
-    assert (tmp_path / "home/output/logs/rank-0.txt").read_bytes() == b"longer now"
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from launcher.kube.client import Access, Cluster
 from launcher.kube.helper import HELPER
 from launcher.kube.volume import FolderClient, VolumeStore, open_volume, split_uri
 from launcher.stores import open_store
-from launcher.sync import sync_run
+from tests.distant_stores import *  # noqa: F403 what is promised of both kinds
 from tests.services.kube import KubeCluster
 from tests.volume_fixtures import FileServer, file_server, whole_machine  # noqa: F401
 
@@ -195,30 +195,6 @@ def test_nothing_leads_out_of_the_claim(tmp_path: Path) -> None:
             with client.exchange("GET", f"/file?{query}", {}, (), fresh=False) as answer:
                 assert answer.status == 400
                 assert answer.read() == b""
-
-
-def test_one_of_many_is_first(store: VolumeStore) -> None:
-    def claim(number: int) -> bool:
-        try:
-            store.write("owner", str(number).encode() * 9999, if_absent=True)
-        except FileExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(claim, range(8)))
-    assert won.count(True) == 1
-    assert store.read("owner") == str(won.index(True)).encode() * 9999
-    assert [entry.path for entry in store.list()] == ["owner"]
-
-
-def test_a_run_comes_home(store: VolumeStore, tmp_path: Path) -> None:
-    tree = {f"output/logs/rank-{n}.txt": os.urandom(1000) for n in range(30)} | {"model/weights": os.urandom(3 << 20)}
-    for path, content in tree.items():
-        store.write(path, content)
-    sync_run(store, tmp_path / "home")
-    for path, content in tree.items():
-        assert (tmp_path / "home" / path).read_bytes() == content
 
 
 def test_a_run_in_place_has_no_segments(tmp_path: Path) -> None:

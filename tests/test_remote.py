@@ -182,9 +182,9 @@ def test_time_over_leaves_no_process(host: Host, ours: Callable[[], list[int]]) 
 
 
 def test_ctrl_c_leaves_no_process(host: Host, ours: Callable[[], list[int]]) -> None:
-    nap = f"60.{os.getpid()}"
-    child = subprocess.Popen([sys.executable, "-c", _RUN, repr(host.ssh), f"exec sleep {nap}"], stderr=subprocess.PIPE)
-    wait_for(lambda: nap.encode() in host.run("ps ax -o args").out.replace(b"exec sleep", b"").split())
+    nap = f"sleep 60.{os.getpid()}"
+    child = subprocess.Popen([sys.executable, "-c", _RUN, repr(host.ssh), f"exec {nap}"], stderr=subprocess.PIPE)
+    wait_for(lambda: nap in host.run("ps ax -o args").out.decode().splitlines())  # the child's own line has more
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=20)
     assert b"KeyboardInterrupt" in said

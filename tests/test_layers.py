@@ -22,8 +22,8 @@ ROWS = [
     "backends.base manifest supervisor sync",
     "logfiles",
     "code image notify plan report runner starter supervised watch",
-    "kube slurm",
-    "backends.container backends.kubernetes backends.local backends.slurm",
+    "kube sagemaker slurm",
+    "backends.container backends.kubernetes backends.local backends.sagemaker backends.slurm",
     "backends findings ledger",
     "targets",
     "resolve",
@@ -36,7 +36,7 @@ ROWS = [
 
 SDKS = {
     "boto3": ["credentials.aws"],
-    "botocore": ["credentials.aws"],
+    "botocore": ["credentials.aws", "sagemaker"],
     "google": ["credentials.google"],
     "obstore": ["stores", "credentials.aws", "credentials.google"],
     "jinja2": ["plan", "report"],

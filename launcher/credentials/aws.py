@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import boto3.session
     from obstore.store import S3Config, S3Credential
 
-__all__ = ["Provider", "ecr_login", "obstore_credentials", "session"]
+__all__ = ["Provider", "ecr_login", "obstore_credentials", "session", "translated"]
 
 _ECR = re.compile(r"(\d{12})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
 """https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
@@ -157,7 +157,7 @@ def _aws_errors(profile: str | None) -> Iterator[None]:
     except ProfileNotFound as error:
         raise SpecError(_unknown_profile(error)) from error
     except (BotoCoreError, ClientError) as error:
-        raise _translated(error, profile) from error
+        raise translated(error, profile) from error
 
 
 def _unknown_profile(error: Exception) -> str:
@@ -169,7 +169,8 @@ def _unknown_profile(error: Exception) -> str:
     return f"the AWS profile {name!r} is not in ~/.aws (there: {have}){nearest(name, known)}"
 
 
-def _translated(error: Exception, profile: str | None) -> AuthError | UnreachableError | SpecError:
+def translated(error: Exception, profile: str | None) -> AuthError | UnreachableError | SpecError:
+    """An error of botocore about identity, configuration or network as ours."""
     kind = type(error).__name__
     option = f" --profile {profile}" if profile else ""
     if kind in _LOGIN:

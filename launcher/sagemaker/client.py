@@ -1,0 +1,256 @@
+"""Calls of AWS, in one region and with one identity; what AWS says no with becomes our errors."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from launcher.credentials.aws import session, translated
+from launcher.errors import (
+    AuthError,
+    CapacityError,
+    ConflictError,
+    CvlaunchError,
+    SpecError,
+    UnreachableError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    import boto3.session
+
+__all__ = ["Access", "Account", "Json", "MissingError", "Quota", "quota_of"]
+
+Json = dict[str, Any]
+
+_ATTEMPTS = 10
+"""Of a call that is throttled or meets a server's error; botocore waits 0 to 20 s between two (jitter)."""
+_CONNECT_S, _READ_S = 10, 60
+
+_THROTTLED = (
+    "Throttling ThrottlingException ThrottledException RequestThrottledException RequestThrottled RequestLimitExceeded "
+    "TooManyRequestsException SlowDown BandwidthLimitExceeded LimitExceededException EC2ThrottledException "
+    "ProvisionedThroughputExceededException TransactionInProgressException PriorRequestNotComplete"
+)
+"""botocore, retries/standard.py"""
+_AWAY = (
+    "InternalFailure InternalServerError InternalError ServiceUnavailable ServiceUnavailableException RequestTimeout"
+)
+_EXPIRED = "ExpiredToken ExpiredTokenException RequestExpired TokenRefreshRequired"
+_UNKNOWN = (
+    "UnrecognizedClientException InvalidClientTokenId InvalidAccessKeyId SignatureDoesNotMatch AuthFailure "
+    "InvalidSignatureException IncompleteSignature MissingAuthenticationToken NotAuthorized"
+)
+_DENIED = "AccessDenied AccessDeniedException UnauthorizedOperation Forbidden 403 OptInRequired"
+_MISSING = (
+    "ResourceNotFound ResourceNotFoundException NoSuchEntity NoSuchBucket NoSuchKey NotFound 404 "
+    "RepositoryNotFoundException ImageNotFoundException NoSuchResourceException ParameterNotFound"
+)
+_TAKEN = "ResourceInUse ResourceInUseException"
+_QUOTA = "ResourceLimitExceeded"
+
+_NOT_FOUND = re.compile(r"requested resource not found|could not find|does not exist", re.IGNORECASE)
+"""What SageMaker says of a job that is not there, by a ValidationException."""
+_QUOTA_WORDS = re.compile(
+    r"service limit '(?P<name>[^']+)' is (?P<value>[\d.,]+)(?: \w+)?"
+    r"(?:, with current utilization of (?P<used>[\d.,]+))?(?:.*?request delta of (?P<delta>[\d.,]+))?",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Access:
+    """profile: of AWS's files. endpoints: service → URL, for others botocore's own rules, $AWS_ENDPOINT_URL included."""
+
+    profile: str | None = None
+    region: str | None = None
+    endpoints: Mapping[str, str] = field(default_factory=dict)
+    ca_bundle: str | None = None
+
+
+class MissingError(Exception):
+    """What a call asks for is not there."""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A limit that a request went over. name: as Service Quotas has it. delta: what was wanted besides `used`."""
+
+    name: str
+    value: float
+    used: float
+    delta: float
+
+    @property
+    def wanted(self) -> int:
+        return int(self.used + self.delta)
+
+
+class Account:
+    """Nothing is asked before the first call; clients are kept. Threads may share it.
+
+    name: of the target, for messages.
+    """
+
+    def __init__(self, access: Access, name: str = "") -> None:
+        self._access, self._name = access, name
+        self._clients: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.calls = 0
+        """Made so far, without botocore's repetitions; each page counts."""
+
+    @property
+    def profile(self) -> str | None:
+        return self._access.profile
+
+    @functools.cached_property
+    def region(self) -> str:
+        region = self._access.region or self._session.region_name
+        if not region:
+            raise SpecError(
+                f"nothing says which region target {self._name!r} is in: add region: eu-west-1", key="region"
+            )
+        return region
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"region {self.region}" + (f", profile {self.profile}" if self.profile else "")
+
+    @functools.cached_property
+    def _session(self) -> boto3.session.Session:
+        try:
+            return session(self.profile, self._access.region)
+        except UnsupportedError:
+            raise UnsupportedError("the sagemaker backend needs boto3: pip install 'cvlaunch[sagemaker]'") from None
+
+    def client(self, service: str) -> Any:
+        """boto3's, for what `call` can't do."""
+        with self._lock:
+            if service not in self._clients:
+                self._clients[service] = self._new_client(service)
+            return self._clients[service]
+
+    def _new_client(self, service: str) -> Any:
+        region, opened = self.region, self._session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        config = Config(
+            retries={"mode": "standard", "max_attempts": _ATTEMPTS},
+            connect_timeout=_CONNECT_S,
+            read_timeout=_READ_S,
+            user_agent_extra="cvlaunch",
+        )
+        try:
+            return opened.client(
+                service,
+                region_name=region,
+                endpoint_url=self._access.endpoints.get(service),
+                verify=self._access.ca_bundle,
+                config=config,
+            )
+        except (BotoCoreError, ValueError) as error:
+            if isinstance(error, ValueError):
+                raise SpecError(f"{error}: correct it", key=f"endpoints.{service}") from error
+            raise translated(error, self.profile) from error
+
+    def call(self, service: str, operation: str, **parameters: Any) -> Json:
+        """One call, as botocore names it: `call("sagemaker", "describe_training_job", TrainingJobName=…)`.
+
+        MissingError if what it names is not there. UnreachableError may mean that it took effect all the same.
+        """
+        client = self.client(service)
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        self.calls += 1
+        try:
+            answer: Json = getattr(client, operation)(**parameters)
+        except ClientError as error:
+            raise self._refusal(error) from error
+        except BotoCoreError as error:
+            raise self._trouble(error, service) from error
+        return answer
+
+    def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[Json]:
+        """The items below `key` of all pages."""
+        token: dict[str, str] = {}
+        while True:
+            answer = self.call(service, operation, **parameters, **token)
+            yield from answer.get(key, ())
+            name = next((name for name in ("NextToken", "nextToken") if answer.get(name)), None)
+            if name is None:
+                return
+            token = {name: answer[name]}
+
+    def _trouble(self, error: Exception, service: str) -> CvlaunchError:
+        """No answer came."""
+        kind = type(error).__name__
+        if kind == "ParamValidationError":
+            return SpecError(f"{str(error).splitlines()[-1]}: correct it", key="overlay")
+        if kind in _SILENT.split():
+            return UnreachableError(f"AWS ({service}, {self.where}) did not answer: {error}: try again")
+        return translated(error, self.profile)
+
+    def _refusal(self, error: Any) -> CvlaunchError | MissingError:
+        """AWS answered with no."""
+        code, message = _words(error)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
+        if code in _MISSING.split() or (code == "ValidationException" and _NOT_FOUND.search(message)):
+            return MissingError(message)
+        if code in _EXPIRED.split():
+            return AuthError(f"the AWS credentials of this machine have expired: {self._login}")
+        if code in _UNKNOWN.split():
+            return AuthError(f"AWS does not know these credentials ({code}: {message}): {self._login}")
+        if code in _DENIED.split():
+            return AuthError(self._denied(error.operation_name, message))
+        if code in _THROTTLED.split():
+            return UnreachableError(f"AWS asks for patience ({error.operation_name}: {message}): try again later")
+        if code in _AWAY.split() or status >= 500:
+            return UnreachableError(f"AWS failed ({error.operation_name}: {code} {message}): try again later")
+        if code in _TAKEN.split():
+            return ConflictError(message)
+        if code == _QUOTA:
+            return CapacityError(message)
+        return SpecError(f"AWS refuses it ({error.operation_name}): {message}")
+
+    @property
+    def _login(self) -> str:
+        profile = self.profile
+        if profile:
+            return (
+                f"run `cvlaunch login {self._name or 'TARGET'}`, which is `aws sso login --profile {profile}` for SSO"
+            )
+        return f"set new ones (AWS_ACCESS_KEY_ID, …), or run `cvlaunch login {self._name or 'TARGET'}`"
+
+    def _denied(self, operation: str, message: str) -> str:
+        found = re.search(r"not authorized to perform:? ([\w-]+:\w+)", message)
+        action = found[1] if found else operation
+        return (
+            f"you may not do {action} ({self.where}): {message}: ask for the policy that "
+            f"`cvlaunch targets policy {self._name or 'TARGET'}` prints"
+        )
+
+
+_SILENT = (
+    "EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError ConnectionError SSLError "
+    "ProxyConnectionError HTTPClientError IncompleteReadError ResponseStreamingError"
+)
+
+
+def _words(error: Any) -> tuple[str, str]:
+    found = error.response.get("Error", {})
+    return str(found.get("Code", "")), str(found.get("Message") or found.get("message") or error)
+
+
+def quota_of(message: str) -> Quota | None:
+    """What AWS says of a limit that a request goes over; None if it says something else."""
+    found = _QUOTA_WORDS.search(message)
+    if found is None:
+        return None
+    value, used, delta = (float((found[part] or "0").replace(",", "")) for part in ("value", "used", "delta"))
+    return Quota(found["name"], value, used, delta or 1.0)

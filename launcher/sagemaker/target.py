@@ -1,0 +1,81 @@
+"""Keys of a target: an AWS identity, the role of its jobs, and what each of them gets."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from launcher.backends.base import BaseTarget
+from launcher.sagemaker.client import Access
+from launcher.spec import Duration, Whole
+
+__all__ = ["SageMakerTarget"]
+
+InputMode = Literal["File", "FastFile"]
+
+_DAY = 24 * 3600.0
+
+
+class SageMakerTarget(BaseTarget):
+    """A region of an AWS account, the way to it, and what every training job there gets."""
+
+    backend: Literal["sagemaker"] = "sagemaker"
+    region: str | None = Field(None, description="eu-west-1; none: the profile's, or $AWS_REGION")
+    profile: str | None = Field(
+        None, description="AWS profile of this machine (keys, SSO, assume-role); none: the default"
+    )
+    role: str | None = Field(None, description="ARN of the role that jobs have: arn:aws:iam::123456789012:role/trainer")
+    instance_types: tuple[str, ...] = Field(
+        (), max_length=5, description="instead of a choice by resources, best first: [ml.g5.2xlarge]"
+    )
+    input_mode: InputMode = Field("File", description="File copies data before the start, FastFile reads it when asked")
+    input_modes: dict[str, InputMode] = Field({}, description="of single channels: {train: FastFile}")
+    max_runtime: Duration = Field(
+        5 * _DAY, gt=0, le=28 * _DAY, description="of jobs without a timeout; five days is what new accounts may have"
+    )
+    spot_wait: Duration = Field(
+        _DAY, ge=0, description="how long a spot job without max_wait may wait, besides its running time"
+    )
+    keep_alive: Duration = Field(0.0, ge=0, le=6 * 3600, description="warm pool: how long instances stay after a job")
+    subnets: tuple[str, ...] = Field((), max_length=16, description="of your VPC; with security_groups")
+    security_groups: tuple[str, ...] = Field((), max_length=5, description="of your VPC; with subnets")
+    network_isolation: bool = Field(
+        False, description="containers reach nothing, S3 neither; the platform moves all files"
+    )
+    encrypt_traffic: bool = Field(False, description="between the instances of a job")
+    kms_key: str | None = Field(None, description="encrypts what SageMaker writes to S3")
+    volume_kms_key: str | None = Field(None, description="encrypts the volume of each instance")
+    image_access: Literal["Platform", "Vpc"] = Field(
+        "Platform", description="Vpc: images come from a registry in your VPC instead of ECR"
+    )
+    retries_by_platform: Whole = Field(
+        0, ge=0, le=30, description="how often SageMaker starts a job again after an internal error of its own"
+    )
+    tags: dict[str, str] = Field({}, description="further tags of each job: {team: vision}")
+    endpoints: dict[str, str] = Field(
+        {}, description="URL by service (sagemaker, logs, sts, iam, ecr, s3, service-quotas), as for VPC endpoints"
+    )
+
+    @model_validator(mode="after")
+    def _vpc_is_whole(self) -> Self:
+        if bool(self.subnets) != bool(self.security_groups):
+            raise ValueError("subnets and security_groups come together; give both or none")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_identity(cls, values: object) -> object:
+        """The store is reached as the account is, unless `storage` says otherwise."""
+        if not isinstance(values, dict) or not isinstance(values.get("storage", {}), dict):
+            return values
+        endpoints = values.get("endpoints") if isinstance(values.get("endpoints"), dict) else {}
+        known = {"profile": values.get("profile"), "region": values.get("region"), "endpoint": endpoints.get("s3")}
+        inherited = {key: value for key, value in known.items() if value is not None}
+        return {**values, "storage": {**inherited, **values.get("storage", {})}} if inherited else values
+
+    @property
+    def access(self) -> Access:
+        return Access(
+            profile=self.profile, region=self.region, endpoints=self.endpoints, ca_bundle=self.storage.ca_bundle
+        )

@@ -136,19 +136,22 @@ _ALIASES = {"A10": "A10G", "A1024GB": "A10G24GB"}
 
 @dataclass(frozen=True)
 class InstanceType:
-    """gpu: model as job files name it, empty without GPUs. gpu_memory: GB of one. memory: bytes. price: USD an hour."""
+    """What is in a type; with a name alone it is one that nothing is known of.
+
+    gpu: model as job files name it, empty without GPUs. gpu_memory: GB of one. memory: bytes. price: USD an hour.
+    """
 
     name: str
-    gpus: int
-    gpu: str
-    gpu_memory: int
-    cpus: int
-    memory: int
-    nvme: int | None
+    gpus: int = 0
+    gpu: str = ""
+    gpu_memory: int = 0
+    cpus: int = 0
+    memory: int = 0
+    nvme: int | None = None
     """Bytes of the local disk, which takes the place of a volume of any size; None: a volume as large as asked for."""
-    efa: bool
-    price: float | None
-    priced: str
+    efa: bool = False
+    price: float | None = None
+    priced: str = ""
     """Where the price is from; empty without one."""
 
     @property
@@ -158,7 +161,8 @@ class InstanceType:
 
     @property
     def accelerated(self) -> bool:
-        return self.gpus > 0
+        """As AWS means it: of a family of GPUs or of its own chips, known here or not."""
+        return re.match(r"ml\.(p|g|trn|inf)\d", self.name) is not None
 
 
 def _gpu_type(name: str, gpus: int, cpus: int, gib: int, nvme: int, efa: bool, ec2: float | None) -> InstanceType:
@@ -214,6 +218,8 @@ def choose(
 
 def words(instance: InstanceType) -> str:
     """`ml.g5.2xlarge: 1 × A10G (24 GB), 8 vCPU, 32 GiB, 450 GB NVMe; about $1.51/h (estimate, …)`."""
+    if not instance.cpus:
+        return f"{instance.name}: nothing is known of it here"
     gpu = [f"{instance.gpus} × {instance.gpu} ({instance.gpu_memory} GB)"] if instance.gpus else []
     disk = [f"{instance.nvme // 10**9} GB NVMe"] if instance.nvme else []
     shape = ", ".join([*gpu, f"{instance.cpus} vCPU", f"{instance.memory // 2**30} GiB", *disk])

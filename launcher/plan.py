@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launcher.backends.base import Backend, Job, Output, Plan, Transport
+from launcher.backends.base import Backend, Job, Output, Plan, Remarks, Reviews, Transport
 from launcher.contract import CODE, JOB, JobFile
 from launcher.digest import text_digest
 from launcher.errors import SpecError, UnsupportedError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["dump_yaml", "eject_templates", "job_file", "load_template", "make_plan", "transport_of"]
 
 PLACEHOLDER = "REPLACE-ME"
+
+_Overlay = Mapping[str, Any] | list[Any]
 
 
 def load_template(backend: type[Backend], folder: str | None = None) -> str:
@@ -109,11 +111,12 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
     """Pure: the same arguments give the same bytes. template: the text from `load_template`."""
     described = job_file(backend, job, run_id)
     text = _render(template, backend.context(job, run_id, described), name=backend.template)
-    text = _with_overlay(text, backend.form, job.target.overlay)
+    text = _with_overlays(text, backend.form, job.target.overlay, job.spec.native.get(backend.name))
+    remarks = backend.review(job, text) if isinstance(backend, Reviews) else Remarks()
     files: dict[str, bytes | str] = {} if backend.inline_job else {JOB: described.to_bytes()}
     if job.code_archive:
         files[CODE] = job.code_archive
-    missing = tuple(_placeholders(backend, template, job.output))
+    missing = (*_placeholders(backend, template, job.output), *remarks.missing)
     shm = _shm(job, backend)
     return Plan(
         run_id=run_id,
@@ -124,9 +127,11 @@ def make_plan(job: Job, backend: Backend, run_id: str, *, template: str) -> Plan
         plan_sha=text_digest(text),
         outputs=(Output(join_uri(job.output, run_id)),),
         shm=shm,
+        notes=remarks.notes,
         unpinned=job.unpinned,
         warnings=(
             *job.warnings,
+            *remarks.warnings,
             *([shm] if _shm_is_short(job, backend) else []),
             *(f"{where} must be given before this can be sent" for where in missing),
         ),
@@ -233,19 +238,20 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _with_overlay(text: str, form: str, overlay: Mapping[str, Any] | list[Any] | None) -> str:
+def _with_overlays(text: str, form: str, overlay: _Overlay | None, native: _Overlay | None) -> str:
+    """overlay: the target's. native: the job's own, for this backend."""
+    overlays = {"overlay": overlay, "native": native}
     if form == "script":
-        if overlay is not None:
-            raise UnsupportedError("a script has no overlay; use a template of your own", key="overlay")
+        if key := next((key for key, changes in overlays.items() if changes is not None), None):
+            raise UnsupportedError(f"a script has no {key}; use a template of your own", key=key)
         return text
     try:
         content = json.loads(text) if form == "json" else list(yaml.safe_load_all(text))
     except (ValueError, yaml.YAMLError) as error:
         raise SpecError(f"the template did not give {form.upper()}: {error}", key="templates") from error
     if form == "json":
-        return json.dumps(_patched(content, overlay), indent=2, ensure_ascii=False) + "\n"
-    patched = [_patched(content[0], overlay), *content[1:]]
-    return dump_yaml(patched)
+        return json.dumps(_patched(content, overlays), indent=2, ensure_ascii=False) + "\n"
+    return dump_yaml([_patched(content[0], overlays), *content[1:]])
 
 
 def dump_yaml(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -264,17 +270,22 @@ def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _block)
 
 
-def _patched(content: Any, overlay: Mapping[str, Any] | list[Any] | None) -> Any:
-    if overlay is None:
-        return content
-    if isinstance(overlay, Mapping):
-        return _merge(content, overlay)
+def _patched(content: Any, overlays: Mapping[str, _Overlay | None]) -> Any:
+    for key, overlay in overlays.items():
+        if isinstance(overlay, Mapping):
+            content = _merge(content, overlay)
+        elif overlay is not None:
+            content = _json_patched(content, overlay, key)
+    return content
+
+
+def _json_patched(content: Any, patch: Sequence[Any], key: str) -> Any:
     import jsonpatch
 
     try:
-        return jsonpatch.apply_patch(content, overlay)
+        return jsonpatch.apply_patch(content, patch)
     except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
-        raise SpecError(f"the JSON patch does not apply: {error}", key="overlay") from error
+        raise SpecError(f"the JSON patch does not apply: {error}", key=key) from error
 
 
 def _merge(content: Any, patch: Any) -> Any:

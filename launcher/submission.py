@@ -161,9 +161,9 @@ def send(prepared: Prepared, *, ledger: Ledger, run_id: str | None = None) -> Ru
 
 def accepted(prepared: Prepared) -> dict[str, str]:
     """The values of its secrets. SpecError if something is missing here, or the platform would refuse it."""
-    problems = [p for p in prepared.backend.check(prepared.job) if p.fatal]
-    if problems:
-        raise SpecError(problems[0].message, key=problems[0].thing)
+    backend = prepared.backend
+    if problem := next((p for p in backend.check(prepared.job) if p.fatal), None) if backend.check_first else None:
+        raise SpecError(problem.message, key=problem.thing)
     values = client_secrets(prepared.job.spec, prepared.folder)
     if missing := prepared.plan().placeholders:
         raise SpecError(f"{missing[0]} must be given before this can be sent")
@@ -208,6 +208,7 @@ def record_of(prepared: Prepared, plan: Plan, owner: Mapping[str, Any]) -> RunRe
             "job_digest": plan.job_digest,
             "files": sorted(plan.files),
             "outputs": [dataclasses.asdict(output) for output in plan.outputs],
+            "notes": list(plan.notes),
             "unpinned": list(plan.unpinned),
             "warnings": list(plan.warnings),
         },

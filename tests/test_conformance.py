@@ -16,6 +16,7 @@ from tests.worlds.container import ContainerWorld
 from tests.worlds.kubernetes import kubernetes_world
 from tests.worlds.local import LocalWorld
 from tests.worlds.real_cluster import REAL, RealWorld
+from tests.worlds.sagemaker import sagemaker_world
 from tests.worlds.slurm import SlurmWorld
 
 MakeWorld = Callable[[pytest.FixtureRequest], Callable[[Path], World]]
@@ -48,6 +49,7 @@ WORLDS: dict[str, MakeWorld] = {
     "kubernetes": _kubernetes("kubernetes"),
     "local": lambda request: LocalWorld,
     "openshift": _kubernetes("openshift"),
+    "sagemaker": sagemaker_world,
     "slurm": _slurm(),
     "slurm in a container": _slurm_in_container,
     "slurm over ssh": _slurm(ssh="slurm_login"),
@@ -60,6 +62,7 @@ NEEDS = {
     "container": ["podman", "debootstrap"],
     "kubernetes": ["podman", "debootstrap"],
     "openshift": ["podman", "debootstrap"],
+    "sagemaker": ["podman", "debootstrap"],
     "slurm": ["slurm"],
     "slurm in a container": ["slurm", "charliecloud", "podman", "debootstrap"],
     "slurm over ssh": ["slurm", "sshd"],

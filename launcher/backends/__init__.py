@@ -18,6 +18,7 @@ _BUILT_IN = {
     "kubernetes": "launcher.backends.kubernetes:KubernetesBackend",
     "local": "launcher.backends.local:LocalBackend",
     "openshift": "launcher.backends.kubernetes:OpenShiftBackend",
+    "sagemaker": "launcher.backends.sagemaker:SageMakerBackend",
     "slurm": "launcher.backends.slurm:SlurmBackend",
 }
 

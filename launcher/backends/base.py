@@ -34,6 +34,8 @@ __all__ = [
     "Output",
     "Plan",
     "Problem",
+    "Remarks",
+    "Reviews",
     "Storage",
     "Support",
     "Transport",
@@ -222,6 +224,8 @@ class Plan:
     outputs: tuple[Output, ...]
     shm: str = ""
     """How much shared memory there will be, who sets it, and what follows if it is too little; a line for people."""
+    notes: tuple[str, ...] = ()
+    """What the backend has chosen, for people: a machine and its price."""
     unpinned: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
@@ -280,12 +284,31 @@ class Adopts(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Remarks:
+    """notes: what was chosen. warnings: what the user may not expect. missing: what nobody has given yet."""
+
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Reviews(Protocol):
+    """A backend that knows offline what its platform would refuse."""
+
+    def review(self, job: Job, text: str) -> Remarks:
+        """text: what would be sent, overlays applied. SpecError if the platform would refuse it. Pure."""
+        ...
+
+
 class Backend(Protocol):
     """One platform, bound to one target. Holds no state but its target.
 
     `template` is `<folder>/<file>` below `templates/`. `form` says how Plan.text is parsed: json, yaml or script.
     `inline_job`: job.json travels in the text; otherwise in Plan.files.
     `doubt_s`: how long a job that was sent may stay invisible to `find`.
+    `check_first`: `submit` asks `check` before; False where the call itself refuses what could not run.
     """
 
     name: ClassVar[str]
@@ -294,6 +317,7 @@ class Backend(Protocol):
     form: ClassVar[Literal["json", "yaml", "script"]]
     inline_job: ClassVar[bool]
     doubt_s: ClassVar[float]
+    check_first: ClassVar[bool]
     features: ClassVar[Mapping[Feature, Support]]
     placeholders: ClassVar[Mapping[str, str]]
     """Key of the target → well-formed stand-in, marked REPLACE-ME, for what neither it nor (`output`) the job gives."""

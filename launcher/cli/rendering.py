@@ -58,6 +58,8 @@ def render(
         if to is not None:
             to.write_bytes(plan.text.encode())
         _print(prepared, plan, problems, explain=explain, written=to is not None, out=out)
+    for note in plan.notes:
+        out.note(note)
     for warning in plan.warnings:
         out.warn(warning)
     for path in plan.files:
@@ -105,6 +107,7 @@ def _explained(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "movers": dict(transport.movers),
         "secrets": sorted(job.spec.secrets),
         "shm": plan.shm,
+        "notes": list(plan.notes),
         "unpinned": list(plan.unpinned),
         "warnings": list(plan.warnings),
     }

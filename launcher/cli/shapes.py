@@ -28,6 +28,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "synced": record.synced,
         "job_digest": record.plan["job_digest"],
         "plan_sha": record.plan["plan_sha"],
+        "notes": list(record.plan.get("notes", ())),
         "unpinned": list(record.plan["unpinned"]),
         "warnings": list(record.plan["warnings"]),
         "tags": dict(record.tags),

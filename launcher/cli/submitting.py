@@ -204,6 +204,8 @@ def _sweep(
     records = [run.record for run in runs]
     sweep = records[0].tags[SWEEP_TAG]
     out.note(f"sweep {sweep}: {len(runs)} runs on target {records[0].target_name}")
+    for note in dict.fromkeys(note for record in records for note in record.plan.get("notes", ())):
+        out.note(note)
     for reason in dict.fromkeys(reason for record in records for reason in record.plan["unpinned"]):
         out.note(f"unpinned: {reason}")
     for warning in dict.fromkeys(warning for record in records for warning in record.plan["warnings"]):
@@ -235,6 +237,8 @@ def _announce(
     record = run.record
     out.note(f"run {run.id} on target {record.target_name}")
     out.note(f"output: {run.output}")
+    for note in record.plan.get("notes", ()):  # older run files have none
+        out.note(note)
     for reason in record.plan["unpinned"]:
         out.note(f"unpinned: {reason}")
     for warning in record.plan["warnings"]:

@@ -79,3 +79,7 @@ class World(Protocol):
     def preempt(self, handle: Handle) -> None:
         """Takes the machine away, with the platform's signal and grace; it comes back."""
         ...
+
+    def stored_secret(self, value: str) -> str:
+        """A `store:` reference to this value; asked of worlds whose backend lacks Feature.SECRETS_CLIENT."""
+        ...

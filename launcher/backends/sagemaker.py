@@ -32,7 +32,7 @@ from launcher.sagemaker import words
 from launcher.sagemaker.catalogue import instance_type
 from launcher.sagemaker.catalogue import words as words_of_type
 from launcher.sagemaker.client import Account, Json, MissingError, quota_of
-from launcher.sagemaker.limits import check_request, unknown_members
+from launcher.sagemaker.limits import check_request, doubts
 from launcher.sagemaker.logs import run_logs
 from launcher.sagemaker.probe import Asked, check_job, quota_remedy
 from launcher.sagemaker.request import (
@@ -140,7 +140,7 @@ class SageMakerBackend:
         check_request(request)
         return Remarks(
             notes=tuple(_costs(request)),
-            warnings=(*_warnings(job, request), *unknown_members(request)),
+            warnings=(*_warnings(job, request), *doubts(request)),
             missing=tuple(_missing(job, self.target)),
         )
 
@@ -406,9 +406,7 @@ def _warnings(job: Job, request: Json) -> Iterator[str]:
     names = [item.get("InstanceType", "") for item in chosen.get("InstancePreferences") or (chosen,)]
     for name in names:
         known = instance_type(name)
-        if known is None and name:
-            yield f"{name} is no instance type that this version of cvlaunch knows: it may be new, or misspelled"
-        elif known and known.gpus > resources.gpus:
+        if known and known.gpus > resources.gpus:
             yield f"{name} has {known.gpus} GPUs, of which the job uses {resources.gpus}"
         elif known and known.gpus < resources.gpus:
             yield f"{name} has {known.gpus} GPUs, fewer than resources.gpus: {resources.gpus}"

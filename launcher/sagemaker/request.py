@@ -111,7 +111,7 @@ def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMak
         "nodes": resources.nodes,
         "volume_gb": math.ceil(job.disk / _GIB),
         "volume_kms_key": target.volume_kms_key,
-        "keep_alive_s": math.ceil(target.keep_alive),
+        "keep_alive_s": math.ceil(target.keep_alive or 0),
         "stopping": _stopping(job, target, accelerated=all(is_accelerated(name) for name in types)),
         "spot": resources.spot,
         "subnets": target.subnets,

@@ -25,19 +25,21 @@ class SageMakerTarget(BaseTarget):
     profile: str | None = Field(
         None, description="AWS profile of this machine (keys, SSO, assume-role); none: the default"
     )
-    role: str | None = Field(None, description="ARN of the role that jobs have: arn:aws:iam::123456789012:role/trainer")
+    role: str | None = Field(None, description="of the jobs: arn:aws:iam::123456789012:role/trainer")
     instance_types: tuple[str, ...] = Field(
         (), max_length=5, description="instead of a choice by resources, best first: [ml.g5.2xlarge]"
     )
     input_mode: InputMode = Field("File", description="File copies data before the start, FastFile reads it when asked")
     input_modes: dict[str, InputMode] = Field({}, description="of single channels: {train: FastFile}")
     max_runtime: Duration = Field(
-        5 * _DAY, gt=0, le=28 * _DAY, description="of jobs without a timeout; five days is what new accounts may have"
+        5 * _DAY, le=28 * _DAY, description="of jobs without a timeout; five days is what new accounts may have"
     )
     spot_wait: Duration = Field(
-        _DAY, ge=0, description="how long a spot job without max_wait may wait, besides its running time"
+        _DAY, description="how long a spot job without max_wait may wait, besides its running time"
     )
-    keep_alive: Duration = Field(0.0, ge=0, le=6 * 3600, description="warm pool: how long instances stay after a job")
+    keep_alive: Duration | None = Field(
+        None, le=6 * 3600, description="warm pool: how long instances stay after a job: 30m"
+    )
     subnets: tuple[str, ...] = Field((), max_length=16, description="of your VPC; with security_groups")
     security_groups: tuple[str, ...] = Field((), max_length=5, description="of your VPC; with subnets")
     network_isolation: bool = Field(
@@ -69,8 +71,9 @@ class SageMakerTarget(BaseTarget):
         """The store is reached as the account is, unless `storage` says otherwise."""
         if not isinstance(values, dict) or not isinstance(values.get("storage", {}), dict):
             return values
-        endpoints = values.get("endpoints") if isinstance(values.get("endpoints"), dict) else {}
-        known = {"profile": values.get("profile"), "region": values.get("region"), "endpoint": endpoints.get("s3")}
+        endpoints = values.get("endpoints")
+        s3 = endpoints.get("s3") if isinstance(endpoints, dict) else None
+        known = {"profile": values.get("profile"), "region": values.get("region"), "endpoint": s3}
         inherited = {key: value for key, value in known.items() if value is not None}
         return {**values, "storage": {**inherited, **values.get("storage", {})}} if inherited else values
 

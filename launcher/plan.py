@@ -243,7 +243,7 @@ def _with_overlays(text: str, form: str, overlay: _Overlay | None, native: _Over
     overlays = {"overlay": overlay, "native": native}
     if form == "script":
         if key := next((key for key, changes in overlays.items() if changes is not None), None):
-            raise UnsupportedError(f"a script has no {key}; use a template of your own", key=key)
+            raise UnsupportedError(f"a script takes no {key}; use a template of your own", key=key)
         return text
     try:
         content = json.loads(text) if form == "json" else list(yaml.safe_load_all(text))

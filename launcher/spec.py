@@ -177,7 +177,7 @@ class JobSpec(Model):
     tags: dict[str, str] = Field(default_factory=dict)
     output: str | None = Field(None, description="where runs are kept; normally the target says it")
     native: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="settings of one backend; the job is then not portable"
+        default_factory=dict, description="backend → merge patch of what it is sent; the job is then not portable"
     )
 
     @field_validator("name")

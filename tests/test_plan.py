@@ -179,6 +179,23 @@ def test_an_overlay_changes_what_is_sent(overlay: object, expected: object) -> N
     assert json.loads(text) == expected
 
 
+def test_a_job_s_native_settings_come_last() -> None:
+    backend = local(overlay={"nice": 5, "limits": {"cpus": 1}})
+    job = fixed_job("command", backend.target, "desk", "file:///out")
+    native = {"local": {"limits": {"cpus": 2}, "run_id": None}}
+    job = dataclasses.replace(job, spec=job.spec.model_copy(update={"native": native}))
+    plan = make_plan(job, backend, "echo-0000000000", template='{"run_id": {{ run_id | tojson }}, "a": 1}')
+    assert json.loads(plan.text) == {"a": 1, "nice": 5, "limits": {"cpus": 2}}
+
+
+def test_a_script_has_no_native_settings() -> None:
+    backend = SlurmBackend(SlurmTarget(root="/scratch/cv"), "hpc")
+    job = fixed_job("command", backend.target, "hpc", "file:///out")
+    job = dataclasses.replace(job, spec=job.spec.model_copy(update={"native": {"slurm": {"qos": "high"}}}))
+    with pytest.raises(UnsupportedError, match="native: a script takes no native; use a template of your own"):
+        make_plan(job, backend, "echo-0000000000", template="echo")
+
+
 def test_an_overlay_that_does_not_apply_is_told() -> None:
     with pytest.raises(SpecError, match="overlay: the JSON patch does not apply"):
         rendered("{}", overlay=[{"op": "replace", "path": "/b/c", "value": 3}])

@@ -29,6 +29,7 @@ Json = dict[str, Any]
 
 _ATTEMPTS = 10
 """Of a call that is throttled or meets a server's error; botocore waits 0 to 20 s between two (jitter)."""
+_HASTY_ATTEMPTS = 3
 _CONNECT_S, _READ_S = 10, 60
 
 _THROTTLED = (
@@ -64,7 +65,7 @@ _QUOTA_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Access:
-    """profile: of AWS's files. endpoints: service → URL, for others botocore's own rules, $AWS_ENDPOINT_URL included."""
+    """profile: of AWS's files. endpoints: service → URL; others by botocore's own rules, $AWS_ENDPOINT_URL included."""
 
     profile: str | None = None
     region: str | None = None
@@ -96,12 +97,23 @@ class Account:
     name: of the target, for messages.
     """
 
-    def __init__(self, access: Access, name: str = "") -> None:
-        self._access, self._name = access, name
+    def __init__(self, access: Access, name: str = "", *, attempts: int = _ATTEMPTS) -> None:
+        self._access, self._name, self._attempts = access, name, attempts
         self._clients: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.calls = 0
         """Made so far, without botocore's repetitions; each page counts."""
+
+    def hasty(self) -> Account:
+        """The same identity, which soon gives up: for questions that nothing hangs on."""
+        found = Account(self._access, self._name, attempts=_HASTY_ATTEMPTS)
+        found._session = self._session  # a second one might ask for a second code of somebody's MFA
+        return found
+
+    @property
+    def name(self) -> str:
+        """Of the target, for messages."""
+        return self._name or "TARGET"
 
     @property
     def profile(self) -> str | None:
@@ -141,7 +153,7 @@ class Account:
         from botocore.exceptions import BotoCoreError
 
         config = Config(
-            retries={"mode": "standard", "max_attempts": _ATTEMPTS},
+            retries={"mode": "standard", "max_attempts": self._attempts},
             connect_timeout=_CONNECT_S,
             read_timeout=_READ_S,
             user_agent_extra="cvlaunch",
@@ -166,6 +178,7 @@ class Account:
         """
         client = self.client(service)
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         self.calls += 1
         try:
@@ -174,6 +187,8 @@ class Account:
             raise self._refusal(error) from error
         except BotoCoreError as error:
             raise self._trouble(error, service) from error
+        except ResponseParserError as error:
+            raise UnreachableError(f"what answers for AWS ({service}, {self.where}) is not AWS: {error}") from error
         return answer
 
     def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[Json]:
@@ -222,17 +237,15 @@ class Account:
     def _login(self) -> str:
         profile = self.profile
         if profile:
-            return (
-                f"run `cvlaunch login {self._name or 'TARGET'}`, which is `aws sso login --profile {profile}` for SSO"
-            )
-        return f"set new ones (AWS_ACCESS_KEY_ID, …), or run `cvlaunch login {self._name or 'TARGET'}`"
+            return f"run `cvlaunch login {self.name}`, which is `aws sso login --profile {profile}` for SSO"
+        return f"set new ones (AWS_ACCESS_KEY_ID, …), or run `cvlaunch login {self.name}`"
 
     def _denied(self, operation: str, message: str) -> str:
         found = re.search(r"not authorized to perform:? ([\w-]+:\w+)", message)
         action = found[1] if found else operation
         return (
             f"you may not do {action} ({self.where}): {message}: ask for the policy that "
-            f"`cvlaunch targets policy {self._name or 'TARGET'}` prints"
+            f"`cvlaunch targets policy {self.name}` prints"
         )
 
 

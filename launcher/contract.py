@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ARTIFACTS",
     "CANCEL",
     "CODE",
     "COMPLETE",
@@ -38,8 +39,10 @@ __all__ = [
     "LOGS",
     "MANIFEST",
     "METRICS",
+    "MIRROR",
     "OUTPUT_FOLDERS",
     "OWNER",
+    "PACKED",
     "RESULT",
     "SEGMENTS",
     "STARTED",
@@ -87,6 +90,12 @@ LOGS = "output/logs"
 SEGMENTS = "segments"
 JOB = "input/config/job.json"
 CODE = "input/code.tar.gz"
+ARTIFACTS = "artifacts"
+"""Where a platform leaves `<its name of the job>/output/`: model.tar.gz and output.tar.gz, or model/ and data/."""
+MIRROR = "checkpoints/.cvlaunch"
+"""The run's folder for a runner that reaches no store: the platform brings it out and, at a restart, back."""
+PACKED = ".cvlaunch"
+"""In output.tar.gz, what that runner leaves at its end, as it stands in the run's folder."""
 
 OUTPUT_FOLDERS = ("checkpoints", "model", "output")
 WEIGHTS_CHANNEL = "weights"
@@ -98,9 +107,13 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things stand below one root. Every member is an absolute path."""
+    """Where things stand below one root. Every member is an absolute path.
+
+    places: variable of a channel → its folder, where that is another than the usual one.
+    """
 
     root: Path
+    places: Mapping[str, Path] = field(default_factory=dict, compare=False)
 
     @property
     def job(self) -> Path:
@@ -141,18 +154,22 @@ class Layout:
         return self.output / "failure"
 
     def channel(self, name: str) -> Path:
-        return self.root / "input/data" / name
+        return self.places.get(channel_variable(name), self.root / "input/data" / name)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Layout:
-        """The layout of the running job: `$CVLAUNCH_ROOT`, or /opt/ml."""
+        """The layout of the running job: `$CVLAUNCH_ROOT`, or /opt/ml; channels by their variables."""
         environ = os.environ if environ is None else environ
-        return cls(Path(environ.get("CVLAUNCH_ROOT", DEFAULT_ROOT)))
+        places = {name: Path(value) for name, value in environ.items() if name.startswith(_CHANNEL_VARIABLE)}
+        return cls(Path(environ.get("CVLAUNCH_ROOT", DEFAULT_ROOT)), places)
+
+
+_CHANNEL_VARIABLE = "CVLAUNCH_DATA_"
 
 
 def channel_variable(channel: str) -> str:
     """`CVLAUNCH_DATA_<CHANNEL>`: upper case, everything but letters and digits as `_`."""
-    return "CVLAUNCH_DATA_" + "".join(c if c.isalnum() else "_" for c in channel).upper()
+    return _CHANNEL_VARIABLE + "".join(c if c.isalnum() else "_" for c in channel).upper()
 
 
 @dataclass(frozen=True)
@@ -187,7 +204,8 @@ class Code:
 class JobFile:
     """job.json: all that the runner knows. Exactly one of `command` and `train` is given.
 
-    movers: folder of `OUTPUT_FOLDERS` → `in_place` (root is the output), `runner` (uploads), `platform`.
+    movers: folder of `OUTPUT_FOLDERS` → `in_place` (root is the output), `runner` (uploads), `platform` (brings out
+    what stands there; for `output` also: the runner reaches no store, and keeps its account in `MIRROR`).
     timeout_s bounds the running time of all attempts together; grace_s is the time between TERM and KILL.
     image: `reference`, `digest` (of the manifest) and `config_digest`, as far as they are known; None for a process.
     """

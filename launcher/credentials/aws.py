@@ -28,9 +28,12 @@ _NATIVE = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
 )
-"""With one of these set, obstore finds the identity by itself."""
+"""With one of these set, obstore finds the identity by itself.
+
+A container's role at AWS_CONTAINER_CREDENTIALS_FULL_URI is asked for by obstore only with a token file (obstore 0.12).
+"""
 
 # botocore caches for us and renews what has less than 10 to 15 minutes to live, so that what it hands out is good
 # for 10; obstore's own provider assumes 30.

@@ -25,13 +25,15 @@ from launcher.errors import CvlaunchError, UnreachableError
 from launcher.paths import trainer_folder
 from launcher.quantities import format_duration
 from launcher.runner.child import Child
+from launcher.runner.claim import Owner
 from launcher.runner.code import install_requirements, unpack_code
 from launcher.runner.command import Command, build_command, command_environment
 from launcher.runner.environment import describe_environment, package_changes
 from launcher.runner.loaders import describe_shm, guard_loaders
 from launcher.runner.logs import RunLog
+from launcher.runner.pack import DATA, pack
 from launcher.runner.place import Place
-from launcher.runner.pulse import Pulse, read_heartbeat
+from launcher.runner.pulse import Pulse, Rhythm, read_heartbeat
 from launcher.runner.ranks import wait_for_master
 from launcher.runner.result import (
     End,
@@ -116,7 +118,7 @@ class Attempt:
     def __init__(
         self,
         place: Place,
-        number: int,
+        owner: Owner,
         *,
         override: Sequence[str] | None,
         environ: Mapping[str, str],
@@ -126,10 +128,11 @@ class Attempt:
         self._place, self._job = place, place.job
         self._override, self._environ, self._stop, self._log = override, environ, stop, log
         self._started = time.time()
-        self._progress = _Progress(number)
+        self._owner, self._progress = owner, _Progress(owner.attempt)
         self._scratch = scratch_folder(place.layout)
         self._checkpoints_before = complete_checkpoints(place.layout.checkpoints)
-        self._pulse = Pulse(place.store, stop, self._progress.facts, where=place.where)
+        rhythm = Rhythm() if self._packs else None  # what is written to that folder goes to a store
+        self._pulse = Pulse(place.store, stop, self._progress.facts, where=place.where, rhythm=rhythm)
         self._describer = threading.Thread(target=self._describe, daemon=True)
 
     def run(self) -> int:
@@ -173,16 +176,21 @@ class Attempt:
         if self._mover("checkpoints") == "runner":
             step = restore_checkpoint(place.store, place.layout, abort, self._log.say)
             self._checkpoints_before = complete_checkpoints(place.layout.checkpoints)
-        moved = place.first and self._mover("output") == "runner"
+        moved = place.first and "output" in self._moved()
         return _Restored(step, restore_metrics(place.store, place.layout) if moved else {})
 
     def _mover(self, folder: str) -> str:
         return self._job.movers.get(folder, "runner")
 
+    @property
+    def _packs(self) -> bool:
+        """Whether no store is reached, and the platform brings out what the runner keeps."""
+        return self._mover("output") == "platform"
+
     def _moved(self) -> list[str]:
         """The folders that this node uploads."""
         wanted = contract.OUTPUT_FOLDERS if self._place.first else ("output",)
-        return [folder for folder in wanted if self._mover(folder) == "runner"]
+        return [f for f in wanted if self._mover(f) == "runner" or (f == "output" and self._packs)]
 
     def _start_uploader(self, restored: _Restored) -> Uploader | None:
         folders = self._moved()
@@ -193,6 +201,7 @@ class Attempt:
             self._place.store,
             folders,
             where=self._place.where,
+            without=DATA if self._packs else "",
             quick=lambda: self._pulse.quick,
             watched=lambda: self._pulse.watched,
             say=self._log.say,
@@ -210,20 +219,22 @@ class Attempt:
         secrets = read_secrets(job.secrets, self._environ)
         self._log.hide(secrets.values())
         check_room(job, layout)
-        stage_channels(job, layout, abort, say)
+        places = stage_channels(job, layout, self._scratch, abort=abort, say=say)
         if job.code:
-            unpack_code(job.code, self._place.store, layout)
-        env = self._environment(secrets, [])
+            unpack_code(job.code, self._place.store, layout, mounted=self._place.code)
+        env = self._environment(secrets, [], places)
         site = install_requirements(job.code, layout, env, abort) if job.code else None
         self._look_at_packages(site)
         if job.nodes > 1:
             wait_for_master(self._place.ranks, abort)
         code = layout.code if job.code else None
         paths = [trainer_folder() if job.train and not self._override else None, code, site]
-        env = {**self._environment(secrets, [path for path in paths if path]), **loading}
+        env = {**self._environment(secrets, [path for path in paths if path], places), **loading}
         return build_command(job, self._override, env=env, ranks=self._place.ranks, code=code, scratch=self._scratch)
 
-    def _environment(self, secrets: Mapping[str, str], paths: Sequence[Path]) -> dict[str, str]:
+    def _environment(
+        self, secrets: Mapping[str, str], paths: Sequence[Path], places: Mapping[str, Path]
+    ) -> dict[str, str]:
         return command_environment(
             self._job,
             self._place.layout,
@@ -233,6 +244,7 @@ class Attempt:
             attempt=self._progress.attempt,
             scratch=self._scratch,
             python_path=paths,
+            places=places,
         )
 
     def _say_hello(self) -> None:
@@ -358,6 +370,9 @@ class Attempt:
         upload = self._finish_upload(uploader)
         with self._as_room_allows("result.json"):
             self._write_result(outcome, upload)
+        if self._packs:
+            with self._as_room_allows(f"{DATA}/{contract.PACKED}"):
+                pack(self._place)
         reason = self._log.mask(outcome.reason)
         leave_word(self._environ, outcome.state, outcome.exit_code, reason, attempt=self._progress.attempt)
         self._pulse.end()
@@ -395,7 +410,7 @@ class Attempt:
         place = self._place
         result = Result(
             run_id=self._job.run_id,
-            native_id=self._environ.get("CVLAUNCH_NATIVE_ID", ""),
+            native_id=self._owner.native_id,
             state=outcome.state,
             exit_code=outcome.exit_code,
             reason=self._log.mask(outcome.reason),
@@ -407,7 +422,7 @@ class Attempt:
             metrics=last_metrics(place.layout.metrics),
         )
         result.write(place.home)
-        if self._mover("output") == "runner":
+        if "output" in self._moved():
             path = place.home.root / RESULT
             self._within_grace(lambda: place.store.write(place.where + RESULT, path))
 

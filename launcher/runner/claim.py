@@ -18,7 +18,7 @@ from launcher.contract import OWNER, canonical_json
 from launcher.errors import SpecError
 from launcher.stores import Store
 
-__all__ = ["COUNTED", "COUNTS", "Owner", "claim", "owner_here"]
+__all__ = ["COUNTED", "COUNTS", "Owner", "claim", "native_id_of", "owner_here"]
 
 _NATIVE_IDS = ("CVLAUNCH_NATIVE_ID", "SLURM_JOB_ID", "CLOUD_ML_JOB_ID", "TRAINING_JOB_ARN")
 """The platform's own name of this job; the same when the platform starts it again."""
@@ -50,11 +50,15 @@ class Owner:
         return canonical_json(asdict(self)) + b"\n"
 
 
+def native_id_of(environ: Mapping[str, str]) -> str:
+    """Empty where no platform names its jobs."""
+    return next((environ[name] for name in _NATIVE_IDS if environ.get(name)), "")
+
+
 def owner_here(run_id: str, job_digest: str, environ: Mapping[str, str], *, now: float) -> Owner:
-    native_id = next((environ[name] for name in _NATIVE_IDS if environ.get(name)), "")
     given, submission, restarts = (int(environ.get(name) or 0) for name in COUNTS)
     attempt, submission = given or restarts + 1, submission or 1
-    return Owner(run_id, job_digest, native_id, attempt, socket.gethostname(), os.getpid(), now, submission)
+    return Owner(run_id, job_digest, native_id_of(environ), attempt, socket.gethostname(), os.getpid(), now, submission)
 
 
 def claim(store: Store, me: Owner, *, counted: bool, where: str = "") -> Owner | None:

@@ -20,16 +20,20 @@ from launcher.tarfiles import extract_tar
 __all__ = ["install_requirements", "unpack_code"]
 
 
-def unpack_code(code: Code, store: Store, layout: Layout) -> None:
-    """IntegrityError if the archive is missing, is another than was submitted, or wants to write elsewhere.
+def unpack_code(code: Code, store: Store, layout: Layout, *, mounted: Path | None = None) -> None:
+    """The archive in the store, or the one that the platform mounted.
+
+    IntegrityError if the archive is missing, is another than was submitted, or wants to write elsewhere.
 
     The folder appears by rename, so one that is there is complete.
     """
     if layout.code.is_dir():
         return
-    archive = _fetch(store, layout)
+    archive = mounted or _fetch(store, layout)
+    if not archive.is_file():
+        raise IntegrityError(f"the code archive {archive} is missing")
     if sha256_file(archive) != code.sha256:
-        raise IntegrityError(f"the code archive {store.uri}/{contract.CODE} is not the one that was submitted")
+        raise IntegrityError(f"the code archive {mounted or f'{store.uri}/{contract.CODE}'} is not the one submitted")
     part = layout.root / f".code.{os.uname().nodename}.{os.getpid()}.part"
     try:
         with tarfile.open(archive) as tar:
@@ -47,8 +51,6 @@ def _fetch(store: Store, layout: Layout) -> Path:
             store.download(contract.CODE, archive)
         except FileNotFoundError:
             raise IntegrityError(f"the code archive {store.uri}/{contract.CODE} is missing") from None
-    if not archive.is_file():
-        raise IntegrityError(f"the code archive {archive} is missing")
     return archive
 
 

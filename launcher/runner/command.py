@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher import contract
 from launcher.contract import JobFile, Layout
+from launcher.runner.claim import native_id_of
 from launcher.runner.ranks import Ranks
 
 __all__ = ["Command", "build_command", "command_environment", "expand", "uses_torchrun"]
@@ -27,7 +28,8 @@ _RANK_VARIABLES = (
 
 _RUNNER_VARIABLES = (
     "CVLAUNCH_SECRETS_FILE", "CVLAUNCH_NOTICE", "CVLAUNCH_JOB_JSON", "CVLAUNCH_JOB_SHA256", "CVLAUNCH_SUBMISSION",
-    "CVLAUNCH_INTERFACE", "CVLAUNCH_SECRETS_FOLDER", "CVLAUNCH_LOG", "CVLAUNCH_TERMINATION",
+    "CVLAUNCH_INTERFACE", "CVLAUNCH_SECRETS_FOLDER", "CVLAUNCH_LOG", "CVLAUNCH_TERMINATION", "CVLAUNCH_STORAGE",
+    "CVLAUNCH_GRACE",
 )  # fmt: skip
 
 _CACHES = {
@@ -126,11 +128,15 @@ def command_environment(
     attempt: int,
     scratch: Path,
     python_path: Sequence[Path],
+    places: Mapping[str, Path] = {},
 ) -> dict[str, str]:
-    """Everything that the command finds in its environment."""
+    """Everything that the command finds in its environment. places: of channels that stand elsewhere."""
     env = {k: v for k, v in environ.items() if k not in (*_RANK_VARIABLES, *_RUNNER_VARIABLES)}
     env.setdefault("PYTHONUNBUFFERED", "1")
     env |= _contract_variables(job, layout, ranks, attempt)
+    env |= _channel_variables({channel.name: layout.channel(channel.name) for channel in job.channels} | {**places})
+    if native_id := native_id_of(environ):
+        env["CVLAUNCH_NATIVE_ID"] = native_id
     env |= {**job.env, **secrets}
     env |= _home_variables(env, scratch)
     env |= _temporary_variables(env, scratch)
@@ -156,11 +162,12 @@ def _contract_variables(job: JobFile, layout: Layout, ranks: Ranks, attempt: int
         "SM_MODEL_DIR": layout.model,
         "SM_OUTPUT_DATA_DIR": layout.output,
     }
-    for channel in job.channels:
-        variable = contract.channel_variable(channel.name)
-        variables[variable] = layout.channel(channel.name)
-        variables[variable.replace("CVLAUNCH_DATA_", "SM_CHANNEL_", 1)] = layout.channel(channel.name)
     return {name: str(value) for name, value in variables.items()}
+
+
+def _channel_variables(places: Mapping[str, Path]) -> dict[str, str]:
+    ours = {contract.channel_variable(name): str(path) for name, path in places.items()}
+    return ours | {name.replace("CVLAUNCH_DATA_", "SM_CHANNEL_", 1): path for name, path in ours.items()}
 
 
 def _home_variables(env: Mapping[str, str], scratch: Path) -> dict[str, str]:

@@ -41,7 +41,7 @@ def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: 
         source = stop.during(lambda abort: read_job(environ))
         place = stop.during(lambda abort: find_place(source, environ, log))
         owner = stop.during(lambda abort: enter(place, source.data, environ))
-        attempt = Attempt(place, owner.attempt, override=override, environ=environ, stop=stop, log=log)
+        attempt = Attempt(place, owner, override=override, environ=environ, stop=stop, log=log)
     except Stopped:
         return EXIT_CANCELLED if stop.reason is Reason.CANCELLED else EXIT_PREEMPTED
     except NothingToRun as reason:
@@ -62,7 +62,8 @@ def _failed(environ: Mapping[str, str], code: int, text: str) -> int:
     leave_word(environ, Word.FAILED, code, text)
     layout = Layout.from_environment(environ)
     owned = (layout.root / OWNER).exists()
-    if layout.output.is_dir() and os.access(layout.output, os.W_OK) and not owned:
+    wanted = layout.output.is_dir() or "TRAINING_JOB_ARN" in environ  # SageMaker looks there, and makes nothing
+    if wanted and not owned:
         with contextlib.suppress(OSError):
             write_failure(layout.failure, text, [])
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher import contract
@@ -26,15 +26,18 @@ from launcher.runner.claim import COUNTED, COUNTS, Owner, claim, owner_here
 from launcher.runner.job import JobSource
 from launcher.runner.logs import RunLog
 from launcher.runner.ranks import Ranks, find_ranks
-from launcher.runner.root import choose_root, in_place, make_folders
-from launcher.stores import StorageOptions, Store, copy_into_place, file_uri, join_uri, open_store
+from launcher.runner.root import choose_root, make_folders, run_folder
+from launcher.stores import StorageOptions, Store, copy_into_place, open_store, path_of, scheme
 
 __all__ = ["NothingToRun", "Place", "enter", "find_place"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """layout: what the command sees. home: where this node's own files stand. where: their prefix in the store."""
+    """layout: what the command sees. home: where this node's own files stand. where: their prefix in the store.
+
+    code: the archive that the platform mounted; None: it is in the store.
+    """
 
     job: JobFile
     layout: Layout
@@ -42,6 +45,7 @@ class Place:
     store: Store
     ranks: Ranks
     where: str
+    code: Path | None = None
 
     @property
     def first(self) -> bool:
@@ -63,16 +67,34 @@ class NothingToRun(Exception):  # noqa: N818 - no error
 
 def find_place(source: JobSource, environ: Mapping[str, str], log: RunLog) -> Place:
     """SpecError or AuthError if the output can't be written, naming the permission."""
-    job = source.job
+    job = _within_grace_given(source.job, environ)
     layout, remark = choose_root(job, environ)
     if remark:
         log.say(remark)
-    uri = file_uri(layout.root) if in_place(job) else join_uri(job.output, job.run_id)
-    store = open_store(uri, StorageOptions.from_mapping(job.storage))
+    store = open_store(run_folder(job, layout), StorageOptions.from_mapping(job.storage))
     store.check_writable()
     ranks = find_ranks(job.nodes, environ, layout.root)
     where = f"nodes/{ranks.node_rank}/" if ranks.node_rank else ""
-    return Place(job, layout, Layout(layout.root / where), store, ranks, where)
+    return Place(job, layout, Layout(layout.root / where), store, ranks, where, _mounted_code(source))
+
+
+def _mounted_code(source: JobSource) -> Path | None:
+    """Where no store is reached, the run's `input/` is mounted, with config/job.json and code.tar.gz."""
+    if source.job.movers.get("output") != "platform" or scheme(source.place) != "file":
+        return None
+    return path_of(source.place).absolute().parents[1] / Path(contract.CODE).name
+
+
+def _within_grace_given(job: JobFile, environ: Mapping[str, str]) -> JobFile:
+    """With no more grace than the platform gives ($CVLAUNCH_GRACE, in seconds), whatever the job asks for."""
+    text = environ.get("CVLAUNCH_GRACE") or "inf"
+    try:
+        given = float(text)
+    except ValueError:
+        given = -1.0
+    if not given > 0:
+        raise SpecError(f"CVLAUNCH_GRACE is {text!r}; expected seconds")
+    return replace(job, grace_s=min(job.grace_s, given))
 
 
 def enter(place: Place, data: bytes, environ: Mapping[str, str]) -> Owner:

@@ -7,16 +7,25 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.contract import DEFAULT_ROOT, JobFile, Layout
+from launcher.contract import DEFAULT_ROOT, MIRROR, JobFile, Layout
 from launcher.errors import SpecError
-from launcher.stores import path_of
+from launcher.stores import file_uri, join_uri, path_of
 
-__all__ = ["choose_root", "in_place", "make_folders", "scratch_folder", "writable"]
+__all__ = ["choose_root", "in_place", "make_folders", "run_folder", "scratch_folder", "writable"]
 
 
 def in_place(job: JobFile) -> bool:
     """Whether the root *is* the run's folder, so that nothing is uploaded."""
     return job.movers.get("output") == "in_place"
+
+
+def run_folder(job: JobFile, layout: Layout) -> str:
+    """URI of the run's folder, as the runner reaches it."""
+    if in_place(job):
+        return file_uri(layout.root)
+    if job.movers.get("output") == "platform":
+        return file_uri(layout.root / MIRROR)
+    return join_uri(job.output, job.run_id)
 
 
 def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:

@@ -22,7 +22,7 @@ from launcher.contract import (
 from launcher.errors import IntegrityError, SpecError
 from launcher.quantities import format_size
 from launcher.stores import StorageOptions, Store, check_path, open_store, path_inside, path_of, require_room
-from launcher.sync import read_appended
+from launcher.sync import MODEL_ARCHIVE, OUTPUT_ARCHIVE, read_appended, unpack_tar
 
 __all__ = ["check_room", "restore_checkpoint", "restore_metrics", "stage_channels"]
 
@@ -42,9 +42,12 @@ def _size_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def stage_channels(job: JobFile, layout: Layout, abort: threading.Event, say: Say) -> None:
-    """Every channel at `<root>/input/data/<name>` and equal to its fingerprint. IntegrityError if one differs."""
-    options = StorageOptions.from_mapping(job.storage)
+def stage_channels(job: JobFile, layout: Layout, scratch: Path, *, abort: threading.Event, say: Say) -> dict[str, Path]:
+    """Every channel at `<root>/input/data/<name>` and equal to its fingerprint. IntegrityError if one differs.
+
+    Returned: name → folder below `scratch` of those that were an archive, as platforms pack a run's model.
+    """
+    options, places = StorageOptions.from_mapping(job.storage), dict[str, Path]()
     for channel in job.channels:
         folder = layout.channel(check_path(channel.name))
         if channel.access == "staged":
@@ -54,9 +57,22 @@ def stage_channels(job: JobFile, layout: Layout, abort: threading.Event, say: Sa
         elif not folder.is_dir():
             raise SpecError(f"channel {channel.name}: the platform mounted nothing at {folder}")
         if abort.is_set():
-            return
+            break
         if channel.fingerprint:
             _check(channel, folder)
+        elif archive := _packed_model(folder):
+            places[channel.name] = scratch / "channels" / channel.name
+            say(f"channel {channel.name}: unpacking {archive.name}")
+            unpack_tar(archive, places[channel.name])
+    return places
+
+
+def _packed_model(folder: Path) -> Path | None:
+    """The archive, if nothing else stands there but the run's other one."""
+    archive = folder / MODEL_ARCHIVE
+    if not archive.is_file():
+        return None
+    return None if {path.name for path in folder.iterdir()} - {MODEL_ARCHIVE, OUTPUT_ARCHIVE} else archive
 
 
 def _link(channel: Channel, folder: Path) -> None:
@@ -76,6 +92,8 @@ def _download(channel: Channel, store: Store, folder: Path, abort: threading.Eve
     """What is there with the right size stays, so that a second start goes on where the first one ended."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = list(store.list())
+    if {entry.path for entry in entries} == {MODEL_ARCHIVE, OUTPUT_ARCHIVE}:  # of a run: its model is wanted
+        entries = [entry for entry in entries if entry.path == MODEL_ARCHIVE]
     if not entries:
         raise SpecError(f"channel {channel.name}: {channel.uri} is empty")
     missing = [e.path for e in entries if e.path == MANIFEST or not _there(folder / e.path, e.size)]

@@ -98,8 +98,8 @@ class _Sent:
 class Uploader:
     """Sends what stands in `home` to `store`, with `where` before every path (`nodes/1/` for the second node).
 
-    folders: of OUTPUT_FOLDERS, those that the runner moves. restored: path → bytes of growing files that the store
-    has from earlier attempts. Use `start` and `finish`; `round` and `send_all` are their single steps.
+    folders: of OUTPUT_FOLDERS, those that the runner moves. without: a folder in them that it doesn't.
+    restored: path → bytes of growing files that the store has from earlier attempts. Use `start` and `finish`; `round` and `send_all` are their single steps.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Uploader:
         folders: Collection[str],
         *,
         where: str = "",
+        without: str = "",
         quick: Callable[[], bool] = lambda: True,
         watched: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
@@ -117,6 +118,7 @@ class Uploader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._home, self._store, self._folders, self._where = home, store, folders, where
+        self._without = f"{without}/" if without else ""
         self._quick, self._watched, self._say, self._clock = quick, watched, say, clock
         self._pace = pace or Pace()
         self._budget = _Budget(self._pace, clock)
@@ -293,8 +295,11 @@ class Uploader:
                 continue
             for path in sorted((self._home / name).rglob("*")):
                 relative = path.relative_to(self._home).as_posix()
-                if not _is_appended(relative) and relative not in _LEFT_OUT and _is_whole(path):
+                if not self._left_out(relative) and not _is_appended(relative) and _is_whole(path):
                     yield relative
+
+    def _left_out(self, path: str) -> bool:
+        return path in _LEFT_OUT or bool(self._without and path.startswith(self._without))
 
     def _appended_files(self) -> list[str]:
         if "output" not in self._folders:

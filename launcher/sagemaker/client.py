@@ -77,6 +77,10 @@ class MissingError(Exception):
     """What a call asks for is not there."""
 
 
+class _ExpiredError(AuthError):
+    """Newer credentials may be there."""
+
+
 @dataclass(frozen=True)
 class Quota:
     """A limit that a request went over. name: as Service Quotas has it. delta: what was wanted besides `used`."""
@@ -218,7 +222,7 @@ class Account:
         if code in _MISSING.split() or (code == "ValidationException" and _NOT_FOUND.search(message)):
             return MissingError(message)
         if code in _EXPIRED.split():
-            return AuthError(f"the AWS credentials of this machine have expired: {self._login}")
+            return _ExpiredError(f"the AWS credentials of this machine have expired: {self._login}")
         if code in _UNKNOWN.split():
             return AuthError(f"AWS does not know these credentials ({code}: {message}): {self._login}")
         if code in _DENIED.split():

@@ -30,24 +30,26 @@ _MOST = 5
 _SMALLEST_CPUS, _SMALLEST_MEMORY = 2, 8 * 2**30
 """Of a type for a job without GPUs that says nothing else."""
 
-_GPUS: Mapping[str, tuple[str, int]] = {
-    "g4dn": ("T4", 16),
-    "g5": ("A10G", 24),
-    "g6": ("L4", 24),
-    "g6e": ("L40S", 48),
-    "g7": ("RTXPRO4500", 32),
-    "g7e": ("RTXPRO6000", 96),
-    "p3": ("V100", 16),
-    "p3dn": ("V100", 32),
-    "p4d": ("A100", 40),
-    "p4de": ("A100", 80),
-    "p5": ("H100", 80),
-    "p5e": ("H200", 141),
-    "p5en": ("H200", 141),
-    "p6-b200": ("B200", 179),
-    "p6-b300": ("B300", 268),
+_FAMILIES: Mapping[str, tuple[str, int, float]] = {
+    "g4dn": ("T4", 16, 1.25),
+    "g5": ("A10G", 24, 1.25),
+    "g6": ("L4", 24, 1.25),
+    "g6e": ("L40S", 48, 1.25),
+    "g7": ("RTXPRO4500", 32, 1.25),
+    "g7e": ("RTXPRO6000", 96, 1.25),
+    "p3": ("V100", 16, 1.25),
+    "p3dn": ("V100", 32, 1.25),
+    "p4d": ("A100", 40, 1.15),
+    "p4de": ("A100", 80, 1.15),
+    "p5": ("H100", 80, 1.15),
+    "p5e": ("H200", 141, 1.15),
+    "p5en": ("H200", 141, 1.15),
+    "p6-b200": ("B200", 179, 1.15),
+    "p6-b300": ("B300", 268, 1.15),
 }
-"""Family → model as job files name it, GB of one GPU."""
+"""Family → model as job files name it, GB of one GPU, what SageMaker takes in EC2's prices."""
+_SMALLEST_FACTOR, _CPU_FACTOR = 1.4, 1.2
+"""The same for the smallest type of a family of GPUs (`xlarge`), and for types without GPUs."""
 
 _SHAPES: Sequence[tuple[str, int, int, int, int, bool, float | None]] = (
     # name, GPUs, vCPU, GiB, GB of NVMe, EFA, EC2's price
@@ -115,14 +117,6 @@ _CPU_FAMILIES: Mapping[str, tuple[int, float, Sequence[int]]] = {
 }
 """Family → GiB and EC2's price of one vCPU, vCPU of each size that SageMaker has."""
 
-_FACTORS: Sequence[tuple[str, float]] = (
-    (r"[cm]\d.*", 1.2),
-    (r"g\d\w*\.xlarge", 1.4),
-    (r"(g\d|p3).*", 1.25),
-    (r"p.*", 1.15),
-)
-"""Type → what SageMaker takes for it, in EC2's prices; the first that matches."""
-
 ELSEWHERE = (
     "A16", "A2", "A30", "A40", "GB200", "GB300", "GH200", "H20", "L40", "MI250X", "MI300A", "MI300X", "MI325X",
     "P100", "P4", "P40", "RTX3080", "RTX3090", "RTX4090", "RTX5000-ADA", "RTX5090", "RTX6000", "RTX6000-ADA", "RTX8000",
@@ -166,20 +160,20 @@ class InstanceType:
 
 
 def _gpu_type(name: str, gpus: int, cpus: int, gib: int, nvme: int, efa: bool, ec2: float | None) -> InstanceType:
-    gpu, memory = _GPUS[name.partition(".")[0]]
-    disk = nvme * 10**9 or None
-    return InstanceType(f"ml.{name}", gpus, gpu, memory, cpus, gib * 2**30, disk, efa, *_price(name, ec2))
+    family, _, size = name.partition(".")
+    gpu, memory, factor = _FAMILIES[family]
+    price = _price(ec2, _SMALLEST_FACTOR if size == "xlarge" else factor)
+    return InstanceType(f"ml.{name}", gpus, gpu, memory, cpus, gib * 2**30, nvme * 10**9 or None, efa, *price)
 
 
 def _cpu_type(family: str, cpus: int) -> InstanceType:
-    per_cpu, ec2, _ = _CPU_FAMILIES[family]
-    name = f"{family}.{'large' if cpus == 2 else 'xlarge' if cpus == 4 else f'{cpus // 4}xlarge'}"
-    efa = cpus == 192
-    return InstanceType(f"ml.{name}", 0, "", 0, cpus, cpus * per_cpu * 2**30, None, efa, *_price(name, cpus * ec2))
+    gib, ec2, _ = _CPU_FAMILIES[family]
+    size = {2: "large", 4: "xlarge"}.get(cpus, f"{cpus // 4}xlarge")
+    price = _price(cpus * ec2, _CPU_FACTOR)
+    return InstanceType(f"ml.{family}.{size}", 0, "", 0, cpus, cpus * gib * 2**30, None, cpus == 192, *price)
 
 
-def _price(name: str, ec2: float | None) -> tuple[float | None, str]:
-    factor = next(factor for pattern, factor in _FACTORS if re.fullmatch(pattern, name))
+def _price(ec2: float | None, factor: float) -> tuple[float | None, str]:
     return (None, "") if ec2 is None else (round(ec2 * factor, 3), f"EC2's price × {factor:g}, us-east-1, {_AS_OF}")
 
 

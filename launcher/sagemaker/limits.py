@@ -90,6 +90,8 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "map": (Mapping, "a mapping"),
     "structure": (Mapping, "a mapping"),
 }
+_DOT = r"(\\.|\[(?:\\.|[^\]\\])*\])|\."
+"""A dot that stands for any character; in group 1, what is passed over: escapes and classes."""
 _UNITS: Mapping[str, str] = {"string": "characters", "list": "entries", "map": "entries"}
 
 
@@ -237,11 +239,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     r"""`.` is any character but those that end a line for Java; \p{…} is written for ASCII only: see _ascii."""
     for java, python in {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9", r"\p{Z}": " ", r"\p{Alnum}": "a-zA-Z0-9"}.items():
         pattern = pattern.replace(java, python)
-    return re.compile(_DOT.sub(lambda found: found[1] or r"[^\n\r\x85\u2028\u2029]", pattern), re.ASCII)
-
-
-_DOT = re.compile(r"(\\.|\[(?:\\.|[^\]\\])*\])|\.")
-"""A dot that stands for any character; in group 1, what is passed over: escapes and classes."""
+    return re.compile(re.sub(_DOT, lambda found: found[1] or r"[^\n\r\x85\u2028\u2029]", pattern), re.ASCII)
 
 
 def _unknown(value: Any, limit: _Limit, place: _Place) -> Iterator[tuple[str, str]]:
@@ -269,9 +267,11 @@ def _types(request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _one_algorithm(request: Mapping[str, Any]) -> Iterator[SpecError]:
-    algorithm = request.get("AlgorithmSpecification")
-    if algorithm is not None and ("TrainingImage" in algorithm) == ("AlgorithmName" in algorithm):
-        yield _error("AlgorithmSpecification.TrainingImage", "and AlgorithmName exclude each other", "give one of them")
+    algorithm, member = request.get("AlgorithmSpecification", {}), "AlgorithmSpecification.TrainingImage"
+    if "TrainingImage" in algorithm and "AlgorithmName" in algorithm:
+        yield _error(member, "excludes AlgorithmName", "give one of them")
+    elif algorithm and "TrainingImage" not in algorithm and "AlgorithmName" not in algorithm:
+        yield _error(member, "is missing, and so is AlgorithmName", "say image: REGISTRY/NAME:TAG")
 
 
 def _spot(request: Mapping[str, Any]) -> Iterator[SpecError]:
@@ -321,15 +321,15 @@ def _selected(request: Mapping[str, Any]) -> Iterator[SpecError]:
 
 def _volumes(request: Mapping[str, Any]) -> Iterator[SpecError]:
     resources = request.get("ResourceConfig", {})
-    if "VolumeKmsKeyId" not in resources:
-        return
-    for name in _types(request):
-        if (known := instance_type(name)) and known.nvme:
+    for known in filter(None, map(instance_type, _types(request))):
+        if known.nvme and "VolumeKmsKeyId" in resources:
             yield _error(
                 "ResourceConfig.VolumeKmsKeyId",
-                f"can't be asked for with {name}",
+                f"can't be asked for with {known.name}",
                 "its local disk has a hardware key of its own: leave volume_kms_key out, or choose another type",
             )
+        if not known.nvme and not resources.get("VolumeSizeInGB"):
+            yield _error("ResourceConfig.VolumeSizeInGB", f"is missing, which {known.name} needs", "say disk: 50GB")
 
 
 def _channels(request: Mapping[str, Any]) -> Iterator[SpecError]:

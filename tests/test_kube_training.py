@@ -5,64 +5,28 @@ from __future__ import annotations
 
 import functools
 import secrets
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from launcher import Metrics, Run, State, manifest, render, submit
+from launcher import Run, State, render, submit
 from launcher.ledger import Ledger
-from launcher.stores import open_store
-from launcher.submission import push_channels
 from launcher.targets import load_targets
 from launcher.testing.conformance import text_of
-from tests.services.podman import locked, podman
+from tests.trainings import at_home, digits, in_training, resumed_in_the_middle, series, tagged, train, write_target
 from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
 from tests.worlds.real_cluster import REAL, RealWorld
 
+__all__ = ["at_home", "digits"]
+
 pytestmark = pytest.mark.needs(*(("podman", "debootstrap") if REAL is None else ()))
 
-DIGITS = Path(__file__).parents[1] / "examples/digits"
 LONGER = {"train.batch": "2", "train.image_size": "64"}
 """Epochs of several seconds, so that an eviction comes in the middle of one."""
 
 REGISTRY = "registry.example.com/cvlaunch/kubernetes"
-
-Series = dict[str, list[tuple[int, float]]]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example with its data, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("digits")
-    for name in ("make_data.py", "tiny.yaml"):
-        (folder / name).write_bytes((DIGITS / name).read_bytes())
-    subprocess.run([sys.executable, str(folder / "make_data.py")], check=True, capture_output=True)
-    for name in ("tiny-train", "tiny-val"):
-        data = folder / "data" / name
-        manifest.write(open_store(str(data)), manifest.scan(data))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def at_home(digits: Path) -> Callable[..., Run]:
-    """The same training on this machine, not interrupted; once for each change of it."""
-
-    @functools.cache
-    def trained(changes: tuple[tuple[str, str], ...]) -> Run:
-        where = {"backend": "local", "output": str(digits / "output"), "root": str(digits / "root")}
-        write_target(digits, where)
-        settings = [f"{key}={value}" for key, value in changes]
-        run = submit(digits / "tiny.yaml", target="there", settings=settings, ledger=Ledger(digits / "ledger"))
-        assert run.wait(timeout=300).state is State.SUCCEEDED
-        return run
-
-    return lambda **changes: trained(tuple(changes.items()))
 
 
 @pytest.fixture(
@@ -87,15 +51,9 @@ def world(
 
 @pytest.fixture
 def pinned(trainer_image: str, world: KubernetesWorld) -> Iterator[str]:
-    """The trainer image by a digest, as one that was pulled from a registry."""
-    name = f"{REGISTRY}:{trainer_image.rpartition(':')[2]}"
-    with locked("images"):
-        podman("tag", trainer_image, name)
-    reference = f"{REGISTRY}@{podman('image', 'inspect', '--format={{.Digest}}', trainer_image)}"
-    world.cluster.serve_image(reference, image=trainer_image)
-    yield reference
-    with locked("images"):
-        podman("untag", trainer_image, name, check=False)
+    with tagged(trainer_image, REGISTRY) as reference:
+        world.cluster.serve_image(reference, image=trainer_image)
+        yield reference
 
 
 @pytest.fixture
@@ -103,41 +61,10 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "ledger")
 
 
-def write_target(folder: Path, target: Mapping[str, Any]) -> None:
-    (folder / "targets.yaml").write_text(yaml.safe_dump({"targets": {"there": {**target}}}))
-
-
-def train(
-    digits: Path, world: KubernetesWorld, ledger: Ledger, changes: Mapping[str, str] = {}, *, image: str | None = None
-) -> Run:
-    write_target(digits, world.target)
-    settings = [
-        *([f"image={image}"] if image else world.settings),
-        *(f"{key}={value}" for key, value in changes.items()),
-    ]
-    to = f"{world.target['output']}/_data"
-    pushed = push_channels(digits / "tiny.yaml", backend=None, target="there", settings=settings, to=to)
-    return submit(digits / "tiny.yaml", target="there", settings=[*settings, *pushed], ledger=ledger)
-
-
-def series(metrics: Metrics) -> Series:
-    """All that does not depend on the clock."""
-    return {name: metrics.series(name) for name in metrics.names if not name.endswith("per_second")}
-
-
-def in_training(run: Run) -> None:
-    """Returns in the first epoch, or a later one."""
-    deadline = time.monotonic() + 120
-    while not run.metrics().points:
-        assert not run.status().state.terminal and time.monotonic() < deadline, text_of(run)
-        run.store().write("control/watch", str(time.time()).encode())  # as `cvlaunch watch` says
-        time.sleep(0.1)
-
-
 def test_a_training_is_the_one_at_home_and_the_container_backend_s(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run], pinned: str
 ) -> None:
-    run = train(digits, world, ledger, image=pinned)
+    run = train(digits, world.target, ledger, settings=[f"image={pinned}"])
     assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
     there = render(digits / "tiny.yaml", backend="container", settings=[f"image={pinned}"])
@@ -149,14 +76,13 @@ def test_a_training_is_the_one_at_home_and_the_container_backend_s(
 def test_an_evicted_training_ends_with_the_same_numbers(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:
-    run = train(digits, world, ledger, LONGER)
+    run = train(digits, world.target, ledger, LONGER, settings=world.settings)
     in_training(run)
     assert run.handle is not None
     world.preempt(run.handle)
     status = run.wait(timeout=300)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
-    lines = [line for line in text_of(run).splitlines() if line.startswith("resuming from step")]
-    assert len(lines) == 1 and "step 0 in it" not in lines[0], text_of(run)
+    assert resumed_in_the_middle(run), text_of(run)
     assert series(run.metrics()) == series(at_home(**LONGER).metrics())
     assert run.record.plan["job_digest"] == at_home(**LONGER).record.plan["job_digest"], "its image is not pinned"
 
@@ -164,7 +90,7 @@ def test_an_evicted_training_ends_with_the_same_numbers(
 def test_two_nodes_train_as_two_processes_at_home(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:
-    run = train(digits, world, ledger, {"resources.nodes": "2"})
+    run = train(digits, world.target, ledger, {"resources.nodes": "2"}, settings=world.settings)
     assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home(**{"resources.processes": "2"}).metrics())
     assert {line.node for line in run.logs()} == {0, 1}

@@ -3,35 +3,29 @@ home. And what a job has there: GPUs, ranks, keys of an object store."""
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from launcher import Metrics, Run, State, render, submit
+from launcher import Run, State, render, submit
 from launcher.ledger import Ledger
 from launcher.slurm import places
 from launcher.testing.conformance import STOPPABLE, job, ledger, run_job, text_of, until
 from tests.s3_fixtures import Bucket
 from tests.services.charliecloud import mount_image
-from tests.services.podman import locked, podman
 from tests.services.s3 import ACCESS_KEY, SECRET_KEY
 from tests.services.slurm import SlurmCluster
+from tests.trainings import at_home, digits, in_training, resumed_in_the_middle, series, tagged, write_target
 from tests.worlds.slurm import SlurmWorld, sbatch_options
 
-__all__ = ["job", "ledger", "run_job"]
+__all__ = ["at_home", "digits", "job", "ledger", "run_job"]
 
 pytestmark = pytest.mark.needs("slurm")
 in_container = pytest.mark.needs("charliecloud", "podman", "debootstrap")
 
-DIGITS = Path(__file__).parents[1] / "examples/digits"
 LONGER = {"train.batch": "2"}
 """Epochs of several seconds, so that a preemption comes in the middle of one."""
 OWN_DISKS = {"scratch": "/var/spool"}
@@ -47,30 +41,6 @@ def target(**keys: Any) -> pytest.MarkDecorator:
 
 
 StartRun = Callable[..., Run]
-Series = dict[str, list[tuple[int, float]]]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example with its data, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("digits")
-    for name in ("make_data.py", "tiny.yaml"):
-        (folder / name).write_bytes((DIGITS / name).read_bytes())
-    subprocess.run([sys.executable, str(folder / "make_data.py")], check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def at_home(digits: Path) -> Callable[..., Run]:
-    """The same training on this machine, not interrupted; once for each change of it."""
-
-    @functools.cache
-    def trained(changes: tuple[tuple[str, str], ...]) -> Run:
-        run = train(digits, {"backend": "local"}, Ledger(digits / "ledger"), dict(changes))
-        assert run.wait(timeout=300).state is State.SUCCEEDED
-        return run
-
-    return lambda **changes: trained(tuple(changes.items()))
 
 
 @pytest.fixture(scope="session")  # an image is built before a test gets a home of its own
@@ -94,8 +64,8 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, slurm: SlurmCluster, i
 
 
 def train(digits: Path, target: Mapping[str, Any], ledger: Ledger, changes: Mapping[str, str] = {}) -> Run:
-    where = {"output": str(digits / "output"), "root": str(digits / "root")} if target == {"backend": "local"} else {}
-    (digits / "targets.yaml").write_text(yaml.safe_dump({"targets": {"there": {**target, **where}}}))
+    """With its data where it is."""
+    write_target(digits, target)
     settings = [f"{key}={value}" for key, value in changes.items()]
     return submit(digits / "tiny.yaml", target="there", settings=settings, ledger=ledger)
 
@@ -108,24 +78,11 @@ def write_keys() -> None:
     keys.chmod(0o600)
 
 
-def series(metrics: Metrics) -> Series:
-    """All that does not depend on the clock."""
-    return {name: metrics.series(name) for name in metrics.names if not name.endswith("per_second")}
-
-
 def preempt_in_training(run: Run, world: SlurmWorld) -> None:
     """In its first epoch."""
-    deadline = time.monotonic() + 120
-    while not run.metrics().points:
-        assert not run.status().state.terminal and time.monotonic() < deadline, text_of(run)
-        time.sleep(0.05)
+    in_training(run, every=0.05)
     assert run.handle is not None
     world.preempt(run.handle)
-
-
-def resumed_in_the_middle(run: Run) -> bool:
-    lines = [line for line in text_of(run).splitlines() if line.startswith("resuming from step")]
-    return len(lines) == 1 and "step 0 in it" not in lines[0]
 
 
 # -- the same numbers -------------------------------------------------------------------------------------------------
@@ -142,13 +99,8 @@ def test_a_bare_training_is_the_one_at_home(
 
 @pytest.fixture
 def pinned(trainer_image: str) -> Iterator[str]:
-    """The trainer image by a digest, as one that was pulled from a registry."""
-    name = f"{REGISTRY}:{trainer_image.rpartition(':')[2]}"
-    with locked("images"):
-        podman("tag", trainer_image, name)
-    yield f"{REGISTRY}@{podman('image', 'inspect', '--format={{.Digest}}', trainer_image)}"
-    with locked("images"):
-        podman("untag", trainer_image, name, check=False)
+    with tagged(trainer_image, REGISTRY) as reference:
+        yield reference
 
 
 @in_container

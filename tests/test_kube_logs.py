@@ -358,6 +358,7 @@ def test_what_no_runner_tagged_has_kubelet_s_time(api: Api, read: Read, command:
     api.pods = [pod]
     lines = check_resuming(read)
     assert [(line.text, line.time) for line in lines] == [(f"line {n}", NOON + n // 2) for n in range(6)]
+    assert {line.rank for line in lines} == {"0"}, "not the runner's"
 
 
 def test_a_banner_before_the_runner(api: Api, read: Read) -> None:

@@ -21,7 +21,7 @@ ROWS = [
     "stores",
     "backends.base manifest supervisor sync",
     "logfiles",
-    "code image notify plan report runner starter supervised watch",
+    "code image logplaces notify plan report runner starter supervised watch",
     "kube sagemaker slurm",
     "backends.container backends.kubernetes backends.local backends.sagemaker backends.slurm",
     "backends findings ledger",

@@ -1,6 +1,6 @@
 """`targets setup`, `targets probe`, `targets policy`, `login`: making a cluster ready, looking at one, opening the way.
 
-Each of them goes to the file of the cluster's kind: slurm.py, kubernetes.py.
+Each of them goes to the file of the cluster's kind: slurm.py, kubernetes.py, sagemaker.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["login", "policy", "probe", "setup"]
 
 _KUBERNETES = ("kubernetes", "openshift")
+_SAGEMAKER = "sagemaker"
+_POLICIES = ("submitter", "role", "trust")
 
 
 @click.command()
@@ -39,11 +41,13 @@ def setup(*, name: str, images: tuple[str, ...], requirements: Path | None, out:
     All of it stands below the target's `root`. May be repeated: it does what is missing. A target with `python`, or on
     this machine, gets no environment: its Python is checked. One with `container_command` needs none.
     """
-    from launcher.cli import kubernetes, slurm
+    from launcher.cli import kubernetes, sagemaker, slurm
 
     selected = _select(name)
     if selected.backend.name in _KUBERNETES:
         raise kubernetes.nothing_to_set_up(selected)
+    if selected.backend.name == _SAGEMAKER:
+        raise sagemaker.nothing_to_set_up(selected)
     slurm.setup(selected, images, requirements=requirements, out=out)
 
 
@@ -58,6 +62,8 @@ def setup(*, name: str, images: tuple[str, ...], requirements: Path | None, out:
 @click.option("--context", metavar="NAME", help="Kubernetes: a context of the kubeconfig.")
 @click.option("--kubeconfig", metavar="FILE", help="Kubernetes: instead of $KUBECONFIG and ~/.kube/config.")
 @click.option("--namespace", metavar="NAME", help="Kubernetes: instead of the context's.")
+@click.option("--profile", metavar="NAME", help="SageMaker: an AWS profile of this machine.")
+@click.option("--region", metavar="NAME", help="SageMaker: instead of the profile's.")
 @click.option("--write", is_flag=True, help="Add the target to targets.yaml.")
 @json_option
 def probe(
@@ -70,22 +76,33 @@ def probe(
     context: str | None,
     kubeconfig: str | None,
     namespace: str | None,
+    profile: str | None,
+    region: str | None,
     write: bool,
     out: Out,
 ) -> None:
-    """Look at a cluster and write a target for it.
+    """Look at a cluster or an account and write a target for it.
 
-    The cluster of target NAME; or the one that --ssh, --context, --kubeconfig or --namespace name, or without any of
-    these the SLURM cluster of this machine, and then NAME is the new target's name.
+    That of target NAME; or the one that --ssh, --context, --kubeconfig, --namespace, --profile or --region name, or
+    without any of these the SLURM cluster of this machine, and then NAME is the new target's name.
     """
-    from launcher.cli import kubernetes, slurm
+    from launcher.cli import kubernetes, sagemaker, slurm
 
-    of_kubernetes = context or kubeconfig or namespace
-    known = name is not None and not (ssh or of_kubernetes) and _is_there(name)
+    of_kubernetes, of_aws = context or kubeconfig or namespace, profile or region
+    known = name is not None and not (ssh or of_kubernetes or of_aws) and _is_there(name)
     selected = _select(name) if name is not None and known else None
-    if of_kubernetes or (selected and selected.backend.name in _KUBERNETES):
-        if ssh or root or run_job:
-            raise SpecError("--ssh, --root and --run-job are for clusters of SLURM")
+    found = selected.backend.name if selected else "kubernetes" if of_kubernetes else _SAGEMAKER if of_aws else "slurm"
+    if found != "slurm" and (ssh or root or run_job):
+        raise SpecError("--ssh, --root and --run-job are for clusters of SLURM")
+    if of_kubernetes and of_aws:
+        raise SpecError(
+            "--profile and --region are for SageMaker, --context, --kubeconfig and --namespace for clusters"
+        )
+    if found == _SAGEMAKER:
+        target = sagemaker.target_of(selected) if selected else sagemaker.target_by(profile, region)
+        sagemaker.probe(name, target, write=write, out=out)
+        return
+    if found in _KUBERNETES:
         access = kubernetes.access_of(selected) if selected else kubernetes.access(context, kubeconfig, namespace)
         kubernetes.probe(name, access, write=write, out=out)
         return
@@ -94,34 +111,64 @@ def probe(
 
 @click.command()
 @click.argument("name", shell_complete=complete_targets)
-@click.option("--user", metavar="NAME", help="Whom to give it to.")
-@click.option("--group", metavar="NAME", help="A group of users instead.")
-@click.option("--service-account", metavar="NAME", help="A service account of the namespace instead.")
-def policy(*, name: str, user: str | None, group: str | None, service_account: str | None) -> None:
-    """Print the Role with the least rights for target NAME.
+@click.option("--user", metavar="NAME", help="Kubernetes: whom to give it to.")
+@click.option("--group", metavar="NAME", help="Kubernetes: a group of users instead.")
+@click.option("--service-account", metavar="NAME", help="Kubernetes: a service account of the namespace instead.")
+@click.option("--of", type=click.Choice(_POLICIES), help="SageMaker: this policy alone, as IAM takes it.")
+@click.option(
+    "--secret",
+    "secrets",
+    metavar="REFERENCE",
+    multiple=True,
+    help="SageMaker: the role may read it: secretsmanager:NAME, ssm:NAME. May be repeated.",
+)
+def policy(
+    *,
+    name: str,
+    user: str | None,
+    group: str | None,
+    service_account: str | None,
+    of: str | None,
+    secrets: tuple[str, ...],
+) -> None:
+    """Print the least rights that target NAME needs.
 
-    Of the backends kubernetes and openshift. Somebody who may give rights in the namespace applies it:
+    Kubernetes, OpenShift: a Role. Somebody who may give rights in the namespace applies it:
     cvlaunch targets policy NAME --user ME | kubectl apply -f -
-    """
-    from launcher.cli import kubernetes
 
-    click.echo(kubernetes.policy_text(_select(name), user=user, group=group, service_account=service_account), nl=False)
+    SageMaker: policies of IAM, for whoever submits (submitter), for the role of the jobs (role), and the role's trust
+    policy (trust).
+    """
+    from launcher.cli import kubernetes, sagemaker
+
+    selected = _select(name)
+    if selected.backend.name == _SAGEMAKER:
+        if user or group or service_account:
+            raise SpecError("--user, --group and --service-account are for clusters of Kubernetes")
+        sagemaker.policy(selected, of, secrets=secrets)
+        return
+    if of or secrets:
+        raise SpecError("--of and --secret are for targets of SageMaker")
+    click.echo(kubernetes.policy_text(selected, user=user, group=group, service_account=service_account), nl=False)
 
 
 @click.command()
 @click.argument("name", shell_complete=complete_targets)
 @quiet_option
 def login(name: str, out: Out) -> None:
-    """Open the connection to a cluster that asks for a password.
+    """Open the way to a cluster or an account that wants somebody to log in.
 
-    SLURM: or for a code of a second factor, or whether its host key is right. All commands use the connection of target
-    NAME then, until it has not been used for 12 hours. Kubernetes: runs the plugin of the kubeconfig, if there is one.
+    SLURM: one that asks for a password or a code of a second factor, or whether its host key is right. All commands use
+    the connection of target NAME then, until it has not been used for 12 hours. Kubernetes: runs the plugin of the
+    kubeconfig, if there is one. SageMaker: runs `aws sso login`, if the profile is one of SSO.
     """
-    from launcher.cli import kubernetes, slurm
+    from launcher.cli import kubernetes, sagemaker, slurm
 
     selected = _select(name)
     if selected.backend.name in _KUBERNETES:
         kubernetes.login(selected, out)
+    elif selected.backend.name == _SAGEMAKER:
+        sagemaker.login(selected, out)
     else:
         slurm.login(selected, out)
 

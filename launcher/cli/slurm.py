@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["login", "probe", "setup"]
 
 _NOTHING = (
-    "the {} backend has nothing to set up, to look at or to log in to; targets of the backends slurm, kubernetes and"
-    " openshift have"
+    "the {} backend has nothing to set up, to look at or to log in to; targets of the backends slurm, kubernetes,"
+    " openshift and sagemaker have"
 )
 
 

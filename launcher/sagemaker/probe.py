@@ -435,8 +435,8 @@ def _registry(reference: str) -> str:
 def _not_in_ecr(reference: str, target: SageMakerTarget, account: Account) -> str:
     to = target.registry or f"ACCOUNT.dkr.ecr.{account.region}.amazonaws.com/REPOSITORY"
     return (
-        f"{reference} is not in ECR, from where SageMaker takes images: push it: `cvlaunch image push {reference} {to}`;"
-        " for a registry in your VPC write image_access: Vpc in the target"
+        f"{reference} is not in ECR, from where SageMaker takes images: push it: `cvlaunch image push {reference} {to}`"
+        "; for a registry in your VPC write image_access: Vpc in the target"
     )
 
 

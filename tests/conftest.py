@@ -23,6 +23,7 @@ pytest_plugins = [
     "tests.slurm_fixtures",
     "tests.ssh_fixtures",
     "tests.kube_fixtures",
+    "tests.aws_fixtures",
 ]
 
 _ALL = os.environ.get("CVLAUNCH_TEST_ALL") == "1"

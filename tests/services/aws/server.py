@@ -1,0 +1,138 @@
+"""One server for all services: SageMaker, Service Quotas and IAM Identity Center are ours, the rest is moto's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+from tests.services.aws.account import LOCK, Account
+from tests.services.aws.faults import Call, CutError, Faults
+from tests.services.aws.wire import Answer, AwsError, Json, Request, read_request, refusal
+
+__all__ = ["Server"]
+
+Handler = Callable[[Request], Answer | None]
+
+_ANYWHERE = ("CreateBucket", "ListBuckets", "GetBucketLocation")
+
+
+class _Handler(MotoRequestHandler):
+    def log_request(self, *_: object) -> None:
+        """Nothing: `Cloud.calls` has them all."""
+
+
+class Server:
+    """handler: answers, or None for what is moto's. inside: path → what containers of the platform read there."""
+
+    def __init__(self, account: Account, faults: Faults, handler: Handler) -> None:
+        self.calls: list[Call] = []
+        self.inside: dict[str, Callable[[], Json]] = {}
+        self._account, self._faults, self._handler = account, faults, handler
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    def __call__(self, environ: Json, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Of WSGI."""
+        if (read := self.inside.get(environ.get("PATH_INFO", ""))) is not None:
+            answer = Answer(200, json.dumps(read()).encode(), {"Content-Type": "application/json"})
+        else:
+            answer = self._recorded(environ)
+        headers = {"Content-Length": str(len(answer.body)), "x-amzn-RequestId": str(uuid.uuid4()), **answer.headers}
+        start_response(f"{answer.status} -", [*headers.items()])
+        return [answer.body]
+
+    def _recorded(self, environ: Json) -> Answer:
+        began = time.time()
+        request = read_request(environ)
+        status = 0
+        try:
+            answer = self._answer(request, environ)
+            self._faults.after(request)
+            status = answer.status
+        except CutError:
+            with contextlib.suppress(OSError):
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise
+        finally:
+            self._record(request, status, began)
+        return answer
+
+    def _record(self, request: Request, status: int, began: float) -> None:
+        self.calls.append(
+            Call(
+                request.service, request.operation, status, began,
+                access_key=request.access_key, region=request.region, path=request.path,
+            )
+        )  # fmt: skip
+
+    def _answer(self, request: Request, environ: Json) -> Answer:
+        try:
+            self._faults.before(request)
+            return self._elsewhere(request) or self._handler(request) or self._of_moto(environ)
+        except AwsError as error:
+            with contextlib.suppress(OSError):
+                _rest(environ)  # who still sends must not find the door shut
+            return refusal(request, error)
+
+    def _elsewhere(self, request: Request) -> Answer | None:
+        """What S3 says in one region of a bucket in another; moto has all buckets everywhere."""
+        bucket = request.path.strip("/").partition("/")[0]
+        if request.service != "s3" or not bucket or not request.region or request.operation in _ANYWHERE:
+            return None
+        where = self._account.bucket_region(bucket)
+        if where in (None, request.region):
+            return None
+        text = "The bucket you are attempting to access must be addressed using the specified endpoint."
+        answer = refusal(request, AwsError("PermanentRedirect", text, 301))
+        return Answer(301, answer.body, {**answer.headers, "x-amz-bucket-region": str(where)})
+
+    def _of_moto(self, environ: Json) -> Answer:
+        """The whole body is read first, so that nobody who sends slowly holds the lock."""
+        body = _rest(environ)
+        environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        environ.pop("wsgi.input_terminated", None)
+        told: list[Any] = []
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:
+            told[:] = [status, headers]
+
+        with LOCK:
+            try:
+                data = b"".join(self._moto(environ, start))
+            except Exception as error:
+                raise AwsError("InternalFailure", f"moto failed: {error!r}", 500) from error
+        headers: Mapping[str, str] = dict(told[1])
+        return Answer(int(told[0].split()[0]), data, headers)
+
+
+def _rest(environ: Json) -> bytes:
+    """What of the body was not read yet."""
+    if environ.get("wsgi.input_terminated"):
+        return bytes(environ["wsgi.input"].read())
+    return bytes(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))

@@ -33,8 +33,6 @@ from launcher.sagemaker.catalogue import instance_type
 from launcher.sagemaker.catalogue import words as words_of_type
 from launcher.sagemaker.client import Account, Json, MissingError, quota_of
 from launcher.sagemaker.limits import check_request, doubts
-from launcher.sagemaker.logs import run_logs
-from launcher.sagemaker.probe import Asked, check_job, quota_remedy
 from launcher.sagemaker.request import (
     ARTIFACTS,
     PLAN_SHA,
@@ -43,6 +41,7 @@ from launcher.sagemaker.request import (
     instances,
     is_accelerated,
     request_context,
+    too_large,
 )
 from launcher.sagemaker.target import SageMakerTarget
 from launcher.status import State, Status
@@ -140,12 +139,14 @@ class SageMakerBackend:
         check_request(request)
         return Remarks(
             notes=tuple(_costs(request)),
-            warnings=(*_warnings(job, request), *doubts(request)),
+            warnings=(*_warnings(job, request, self.target), *doubts(request)),
             missing=tuple(_missing(job, self.target)),
         )
 
     def check(self, job: Job) -> Iterator[Problem]:
         """Account, role, bucket, image and quota: each of them asked for."""
+        from launcher.sagemaker.probe import Asked, check_job
+
         yield from check_job(
             self._account,
             self.target,
@@ -155,9 +156,9 @@ class SageMakerBackend:
                 output=job.output,
                 channels={channel.name: channel.uri for channel in job.channels},
                 instance_types=instances(job, self.target),
-                count=job.spec.resources.nodes,
+                instances=job.spec.resources.nodes,
                 spot=job.spec.resources.spot,
-                timeout_s=job.spec.resources.timeout,
+                max_runtime=job.spec.resources.timeout or 0.0,
             ),
         )
 
@@ -172,6 +173,8 @@ class SageMakerBackend:
         except ConflictError:
             self._adopt_own(name, plan)
         except CapacityError as error:
+            from launcher.sagemaker.probe import quota_remedy
+
             if quota := quota_of(str(error)):
                 raise CapacityError(quota_remedy(self._account, quota)) from error
             raise
@@ -266,6 +269,8 @@ class SageMakerBackend:
 
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """From CloudWatch; from the output store what it has no more, or does not show us."""
+        from launcher.sagemaker.logs import run_logs
+
         name = handle.native
         ended = seldom(lambda: self.status([handle])[handle].state.terminal)
         return run_logs(
@@ -400,8 +405,10 @@ def _at_most(names: Sequence[str], count: int, request: Json) -> Iterator[str]:
         yield f"cost: at most about ${math.ceil(most)} if it runs until SageMaker's limit, {limit}{cheaper}"
 
 
-def _warnings(job: Job, request: Json) -> Iterator[str]:
+def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]:
     resources = job.spec.resources
+    for kind in () if target.instance_types else too_large(job):
+        yield f"{kind.gpu} comes {kind.gpus} at a time ({kind.name}) and is passed over; instance_types can name it"
     chosen = request.get("ResourceConfig") or {}
     names = [item.get("InstanceType", "") for item in chosen.get("InstancePreferences") or (chosen,)]
     for name in names:

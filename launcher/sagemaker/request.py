@@ -13,7 +13,7 @@ from launcher.contract import DEFAULT_ROOT, JOB, JobFile
 from launcher.errors import SpecError
 from launcher.quantities import format_duration
 from launcher.rules import RULES
-from launcher.sagemaker.catalogue import choose, instance_type
+from launcher.sagemaker.catalogue import InstanceType, choose, instance_type
 from launcher.sagemaker.client import Json
 from launcher.sagemaker.target import SageMakerTarget
 from launcher.stores import join_uri
@@ -29,6 +29,7 @@ __all__ = [
     "instances",
     "is_accelerated",
     "request_context",
+    "too_large",
 ]
 
 RUN, DIGEST, PLAN_SHA = "cvlaunch-run", "cvlaunch-digest", "cvlaunch-plan-sha"
@@ -45,6 +46,8 @@ _AROUND_TIMEOUT_S = 15 * 60
 _LONGEST_RUN_S = 28 * 24 * 3600
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 1800, 28 * 24 * 3600
 _GIB = 1 << 30
+_TOO_MANY = 4
+"""Times the GPUs that a job uses."""
 
 _MOST_TAGS = 49
 """One is added when the job is sent."""
@@ -76,14 +79,22 @@ METRICS: Mapping[str, Mapping[str, str]] = {
 
 def instances(job: Job, target: SageMakerTarget) -> tuple[str, ...]:
     """Acceptable types, best first; several only where SageMaker may choose. SpecError if it has none that will do."""
+    found = target.instance_types or tuple(kind.name for kind in _chosen(job) if kind not in too_large(job))
+    return found[:1] if job.spec.resources.spot else found
+
+
+def too_large(job: Job) -> tuple[InstanceType, ...]:
+    """Types of acceptable GPUs that are sold in such numbers that nobody means them who names others beside."""
+    chosen = _chosen(job)
+    large = tuple(kind for kind in chosen if kind.gpus >= _TOO_MANY * job.spec.resources.gpus > 0)
+    return large if len(large) < len(chosen) else ()
+
+
+def _chosen(job: Job) -> tuple[InstanceType, ...]:
     resources = job.spec.resources
-    found = target.instance_types or tuple(
-        kind.name
-        for kind in choose(
-            gpus=resources.gpus, models=resources.gpu, cpus=resources.cpus, memory=resources.memory, disk=job.disk
-        )
+    return choose(
+        gpus=resources.gpus, models=resources.gpu, cpus=resources.cpus, memory=resources.memory, disk=job.disk
     )
-    return found[:1] if resources.spot else found
 
 
 def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMakerTarget) -> Mapping[str, object]:
@@ -112,7 +123,7 @@ def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMak
         "volume_gb": math.ceil(job.disk / _GIB),
         "volume_kms_key": target.volume_kms_key,
         "keep_alive_s": math.ceil(target.keep_alive or 0),
-        "stopping": _stopping(job, target, accelerated=all(is_accelerated(name) for name in types)),
+        "stopping": _stopping(job, target, accelerated=all(map(is_accelerated, types))),
         "spot": resources.spot,
         "subnets": target.subnets,
         "security_groups": target.security_groups,

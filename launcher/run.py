@@ -20,7 +20,7 @@ from launcher.adopt import adopt
 from launcher.backends.base import Backend, Feature, Handle, LogLine, Plan, features_missing
 from launcher.compare import Comparison, Surroundings, compare
 from launcher.errors import AuthError, CvlaunchError, JobFailedError, SpecError, UnreachableError, UnsupportedError
-from launcher.ledger import Ledger, RunRecord, RunSummary
+from launcher.ledger import Ledger, RunRecord, RunSummary, valid_run_id
 from launcher.logfiles import follow_logs
 from launcher.metrics import Metrics, Point, Reader
 from launcher.quantities import format_duration
@@ -99,12 +99,14 @@ def render(
     backend: str | None = None,
     target: str | None = None,
     settings: Sequence[str] = (),
+    run_id: str | None = None,
     folder: Path | None = None,
     online: bool = False,
 ) -> Plan:
     """What `submit` would send, without sending it. online: also read what is not on this machine."""
+    chosen = {"run_id": valid_run_id(run_id)} if run_id else {}
     with prepare(job, backend=backend, target=target, settings=settings, folder=folder, online=online) as prepared:
-        return prepared.plan()
+        return prepared.plan(**chosen)
 
 
 def attach(name: str, *, target: str | None = None, backend: str | None = None, ledger: Ledger | None = None) -> Run:

@@ -26,6 +26,7 @@ from launcher.plan import transport_of
 from launcher.quantities import format_size
 from launcher.spec import JobSpec
 from launcher.stores import file_uri, is_uri, join_uri, open_store, path_of, scheme
+from launcher.sync import newest_model
 from launcher.targets import Selected, Targets
 
 __all__ = ["digest_of", "resolve", "train_of"]
@@ -325,7 +326,14 @@ class _Resolver:
             record = self.ledger.find(run_id)
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from None
-        return join_uri(record.output, record.run_id, path or "model")
+        place = join_uri(record.output, record.run_id, path or "model")
+        if path.rstrip("/") not in ("", "model") or not self.online or scheme(place) == "file":
+            return place
+        folder = join_uri(record.output, record.run_id)
+        store = self.backend.store(folder) or open_store(folder, self.selected.target.storage.options)
+        if next(iter(store.list("model")), None) or not (packed := newest_model(store)):
+            return place
+        return join_uri(folder, packed)
 
     def _client_folder(self, name: str, written: str, path: Path) -> Channel:
         path = path.absolute()

@@ -284,9 +284,11 @@ class _Archive:
     def version(self) -> str:
         return f"{self.entry.path} {_version(self.entry)}"
 
-    @property
-    def folders(self) -> tuple[str, ...]:
-        return ("output", "nodes", *_FILES) if self.whole else (self.into,)
+    def may_have(self, wish: _Wish) -> bool:
+        """Whether something that is wanted may be in it, before it is opened."""
+        if self.whole:
+            return any(map(wish.may_have, ("output", "nodes"))) or any(map(wish.has, _FILES))
+        return wish.may_have(self.into)
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ class _Home:
     def lacks(self, archive: _Archive) -> bool:
         """Whether it has to be fetched: it is not known, or something in it is not here."""
         if archive.version not in self.state.archives:
-            return any(self.wish.may_have(folder) or self.wish.has(folder) for folder in archive.folders)
+            return archive.may_have(self.wish)
         return self.members_there(archive) < len(self._members(archive))
 
     def members_there(self, archive: _Archive) -> int:
@@ -331,8 +333,9 @@ def _what_there_is(home: _Home) -> tuple[list[_File], list[_Archive]]:
     archives = [_archive(view, own, others) for view in views if not view.path]
     brought = {path for a in archives for path in home.state.archives.get(a.version, {}) if path not in a.kept}
     found = {**{path: file for path, file in others.items() if path not in brought}, **own}
-    _refuse_clashes(store.uri, found)
-    return [file for path, file in found.items() if home.wish.has(path)], archives
+    files = [file for path, file in found.items() if home.wish.has(path)]
+    _refuse_clashes(store.uri, (file.path for file in files))
+    return files, archives
 
 
 def _archive(view: _View, own: Mapping[str, _File], others: Mapping[str, _File]) -> _Archive:
@@ -537,7 +540,8 @@ def _bring_archive(home: _Home, archive: _Archive) -> int:
 
 def _unpack_what_lacks(home: _Home, archive: _Archive, tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> int:
     state, saved, count = home.state, time.monotonic(), 0
-    _refuse_clashes(f"{home.store.uri}, with {archive.entry.path},", {*archive.kept, *files})
+    together = filter(home.wish.has, (*archive.kept, *files))
+    _refuse_clashes(f"{home.store.uri}, with {archive.entry.path},", together)
     state.forget_archives(archive.entry.path)
     state.archives[archive.version] = {path: source.size for path, source in files.items()}
     wanted = {path: source for path, source in files.items() if home.wants(archive, path)}

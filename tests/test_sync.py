@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +396,7 @@ def test_no_order_of_events_repeats_or_loses_bytes(
     assert got == sent
 
 
-# -- archives -------------------------------------------------------------------------------------
+# -- archives, to be unpacked -----------------------------------------------------------------------
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes | str, bytes]]) -> Path:
@@ -410,6 +413,241 @@ def make_tar(path: Path, members: list[tuple[str, bytes | str, bytes]]) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
+
+
+EVIL: dict[str, tuple[str, bytes | str, bytes]] = {
+    "up": ("../evil", b"1", tarfile.REGTYPE),
+    "up inside": ("a/../../evil", b"1", tarfile.REGTYPE),
+    "absolute": ("/tmp/evil", b"1", tarfile.REGTYPE),
+    "backslash": ("..\\evil", b"1", tarfile.REGTYPE),
+    "link out": ("evil", "../../etc/passwd", tarfile.SYMTYPE),
+    "absolute link": ("evil", "/etc/passwd", tarfile.SYMTYPE),
+    "hard link out": ("evil", "../outside", tarfile.LNKTYPE),
+    "link to a folder": ("evil", "good", tarfile.SYMTYPE),
+    "link to itself": ("evil", "evil", tarfile.SYMTYPE),
+    "device": ("evil", b"", tarfile.CHRTYPE),
+    "pipe": ("evil", b"", tarfile.FIFOTYPE),
+    "below a file": ("good/file/evil", b"1", tarfile.REGTYPE),
+}
+
+
+# -- views of what a platform left ----------------------------------------------------------------
+
+
+def packed(files: dict[str, bytes], *extra: tuple[str, bytes | str, bytes]) -> bytes:
+    """A .tar.gz, as SageMaker makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        members = [(f"./{name}", content, tarfile.REGTYPE) for name, content in files.items()]
+        return make_tar(Path(folder) / "x", [("./", b"", tarfile.DIRTYPE), *members, *extra]).read_bytes()
+
+
+def left(job: str, name: str) -> str:
+    return f"artifacts/{job}/output/{name}"
+
+
+RUN = {"started.json": b"{}", "output/metrics.jsonl": b"1\n2\n"}
+ISOLATED = {
+    ".cvlaunch/started.json": b"{}",
+    ".cvlaunch/input/config/job.json": b"{}",
+    ".cvlaunch/output/result.json": b"{}",
+    ".cvlaunch/output/metrics.jsonl": b"1\n2\n3\n",
+    ".cvlaunch/nodes/1/output/x": b"n",
+    "mine.csv": b"a,b",
+}
+ISOLATED_AT_HOME = {
+    "started.json": b"{}",
+    "input/config/job.json": b"{}",
+    "output/result.json": b"{}",
+    "output/metrics.jsonl": b"1\n2\n3\n",
+    "nodes/1/output/x": b"n",
+    "output/data/mine.csv": b"a,b",
+}
+VIEWS: dict[str, tuple[dict[str, bytes], dict[str, bytes]]] = {
+    "archives": (
+        RUN
+        | {
+            left("r", "model.tar.gz"): packed({"best.pt": b"b", "deep/x": b"x"}),
+            left("r", "output.tar.gz"): packed({"mine.csv": b"a,b"}),
+        },
+        RUN | {"model/best.pt": b"b", "model/deep/x": b"x", "output/data/mine.csv": b"a,b"},
+    ),
+    "not packed": (
+        RUN | {left("r", "model/best.pt"): b"b", left("r", "data/mine.csv"): b"a,b", left("r", "profiler/x"): b"no"},
+        RUN | {"model/best.pt": b"b", "output/data/mine.csv": b"a,b"},
+    ),
+    "no network": ({left("r", "output.tar.gz"): packed(ISOLATED)}, ISOLATED_AT_HOME),
+    "no network, not packed": ({left("r", f"data/{name}"): c for name, c in ISOLATED.items()}, ISOLATED_AT_HOME),
+    "the runner's own is the truth": (
+        RUN
+        | {
+            "model/best.pt": b"own",
+            left("r", "model.tar.gz"): packed({"best.pt": b"b", "last.pt": b"l"}),
+            left("r", "output.tar.gz"): packed({".cvlaunch/output/metrics.jsonl": b"0\n", "x": b"1"}),
+        },
+        RUN | {"model/best.pt": b"own", "model/last.pt": b"l", "output/data/x": b"1"},
+    ),
+    "the newest job's": (
+        RUN
+        | {left(f"r-7{n}", "model.tar.gz"): packed({f"of{n}": b"m"}) for n in ("", "-2", "-9", "-10")}
+        | {left(f"r-7{n}", "output.tar.gz"): packed({f"of{n}": b"o"}) for n in ("", "-2")},
+        RUN | {"model/of-10": b"m", "output/data/of-2": b"o"},
+    ),
+    "an empty one": (RUN | {left("r", "model.tar.gz"): packed({})}, RUN),
+    "a mirror while it runs": (
+        {
+            "checkpoints/.cvlaunch/started.json": b"{}",
+            "checkpoints/.cvlaunch/owner": b"me",
+            "checkpoints/.cvlaunch/segments/output/metrics.jsonl/seg-000000000000": b"1\n",
+            "checkpoints/.cvlaunch/segments/output/metrics.jsonl/seg-000000000002": b"2\n",
+            "checkpoints/5/complete.json": b"{}",
+        },
+        RUN | {"checkpoints/5/complete.json": b"{}"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_what_a_platform_left_comes_home_in_the_same_layout(run: Store, tmp_path: Path, name: str) -> None:
+    stored, expected = VIEWS[name]
+    fill(run, stored)
+    report = sync_run(run, tmp_path / "home")
+    assert home(tmp_path / "home") == expected
+    assert (report.files, report.skipped) == (len(expected), 0)
+    again = Counter(run)
+    report = sync_run(again, tmp_path / "home")
+    assert (report.files, report.skipped, again.fetched) == (0, len(expected), [])
+    assert home(tmp_path / "home") == expected
+
+
+def test_an_archive_is_fetched_again_for_what_changed_or_is_missing(run: Store, tmp_path: Path) -> None:
+    dest, model = tmp_path / "home", left("r", "model.tar.gz")
+    fill(run, RUN | {model: packed({"a": b"1", "b": b"2"})})
+    sync_run(run, dest)
+    (dest / "model/a").unlink()
+    kept = (dest / "model/b").stat().st_ino
+    counted = Counter(run)
+    assert sync_run(counted, dest).files == 1
+    assert counted.fetched == [model] and (dest / "model/a").read_bytes() == b"1"
+    assert (dest / "model/b").stat().st_ino == kept
+    time.sleep(0.01)
+    run.write(model, packed({"a": b"3", "b": b"2"}))
+    sync_run(run, dest)
+    assert (dest / "model/a").read_bytes() == b"3"
+    run.write(left("r-2", "model.tar.gz"), packed({"a": b"4"}))
+    counted = Counter(run)
+    sync_run(counted, dest)
+    assert counted.fetched == [left("r-2", "model.tar.gz")]
+    assert home(dest) == RUN | {"model/a": b"4", "model/b": b"2"}  # nothing local is deleted
+
+
+def test_include_and_exclude_count_for_what_is_in_an_archive(run: Store, tmp_path: Path) -> None:
+    model, output = left("r", "model.tar.gz"), left("r", "output.tar.gz")
+    fill(run, RUN | {model: packed({"a.pt": b"1", "b.txt": b"2"}), output: packed({"x": b"3"})})
+    wishes: list[tuple[dict[str, list[str]], list[str], list[str]]] = [
+        ({"include": ["model"]}, [model], ["model/a.pt", "model/b.txt"]),
+        ({"include": ["model/b.txt"]}, [model], ["model/b.txt"]),
+        ({"include": ["mod*.pt"]}, [model], ["model/a.pt"]),
+        ({"include": ["output/logs", "checkpoints/*"]}, [], []),
+        ({"include": ["output"]}, [output, "output/metrics.jsonl"], ["output/data/x", "output/metrics.jsonl"]),
+        ({"include": ["model"], "exclude": ["*.pt"]}, [model], ["model/b.txt"]),
+        ({"include": ["model", "output/data"], "exclude": ["model/*"]}, [output], ["output/data/x"]),
+        ({"include": ["model", "output/data"], "exclude": ["model"]}, [output], ["output/data/x"]),
+    ]
+    for number, (wish, fetched, files) in enumerate(wishes):
+        counted = Counter(run)
+        sync_run(counted, tmp_path / str(number), **wish)
+        assert (sorted(counted.fetched), sorted(home(tmp_path / str(number)))) == (fetched, files), wish
+    assert sync_run(run, tmp_path / "1").files == 4  # what was not wanted before
+
+
+def _sparse() -> bytes:
+    """A file of a pebibyte, of which nothing is there (PAX, GNU.sparse 1.0)."""
+    size = 1 << 50
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("GNUSparseFile.0/bomb")
+        content = b"1\n%d\n0\n" % size
+        info.size = 512
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "bomb"}
+        info.pax_headers["GNU.sparse.realsize"] = str(size)
+        tar.addfile(info, io.BytesIO(content.ljust(512, b"\0")))
+    return data.getvalue()
+
+
+def _more_than_there_is() -> bytes:
+    """A header that says 1 TiB, and nothing behind it."""
+    info = tarfile.TarInfo("bomb")
+    info.size = 1 << 50
+    return gzip.compress(info.tobuf())
+
+
+EVIL_ARCHIVES: dict[str, Callable[[], bytes]] = {
+    **{name: partial(packed, {"good/file": b"1"}, member) for name, member in EVIL.items()},
+    "sparse bomb": _sparse,
+    "declared bomb": _more_than_there_is,
+}
+
+
+@pytest.mark.parametrize("name", [*EVIL_ARCHIVES, "cut", "text"])
+def test_a_bad_archive_holds_nothing_else_up(tmp_path: Path, name: str) -> None:
+    run, dest, model = open_store(str(tmp_path / "r")), tmp_path / "home", left("r", "model.tar.gz")
+    good = packed({"good/file": b"1", "big": os.urandom(100_000)})
+    bad = EVIL_ARCHIVES[name]() if name in EVIL_ARCHIVES else {"cut": good[:50_000], "text": b"text"}[name]
+    fill(run, RUN | {model: bad, left("r", "output.tar.gz"): packed({"x": b"3"})})
+    with pytest.raises((IntegrityError, CapacityError), match=r"model\.tar\.gz"):
+        sync_run(run, dest)
+    assert home(dest) == RUN | {"output/data/x": b"3"}
+    time.sleep(0.01)
+    run.write(model, packed({"good/file": b"1"}))
+    assert sync_run(run, dest).files == 1
+    assert home(dest) == RUN | {"output/data/x": b"3", "model/good/file": b"1"}
+
+
+def test_an_unpacking_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    """A file of ours stands where the archive wants a folder; the next sync, without it, brings the rest."""
+    run, dest = open_store(str(tmp_path / "r")), tmp_path / "home"
+    fill(run, {left("r", "model.tar.gz"): packed({"a": b"1", "b/c": b"2", "d": b"3"})})
+    (dest / "model").mkdir(parents=True)
+    (dest / "model/b").write_text("mine")
+    with pytest.raises(OSError, match="b"):
+        sync_run(run, dest)
+    assert home(dest) == {"model/a": b"1", "model/b": b"mine"}
+    (dest / "model/b").unlink()
+    assert sync_run(run, dest).files == 2
+    assert home(dest) == {"model/a": b"1", "model/b/c": b"2", "model/d": b"3"}
+
+
+def test_a_mirror_gives_way_to_the_archive_that_is_newer(tmp_path: Path) -> None:
+    """And comes back when the next attempt runs."""
+    run, dest = open_store(str(tmp_path / "r")), tmp_path / "home"
+    mirror = "checkpoints/.cvlaunch"
+    fill(run, {f"{mirror}/segments/output/metrics.jsonl/seg-000000000000": b"1\n"})
+    fill(run, {f"{mirror}/{path}": content for path, content in {"started.json": b"{}", "output/x": b"1"}.items()})
+    sync_run(run, dest)
+    assert home(dest) == {"started.json": b"{}", "output/metrics.jsonl": b"1\n", "output/x": b"1"}
+    time.sleep(0.02)
+    fill(run, {left("r", "output.tar.gz"): packed(ISOLATED)})
+    for fetched in ([left("r", "output.tar.gz")], []):
+        counted = Counter(run)
+        sync_run(counted, dest)
+        assert home(dest) == ISOLATED_AT_HOME | {"output/x": b"1"}
+        assert counted.fetched == fetched
+    time.sleep(0.02)
+    fill(run, {f"{mirror}/output/metrics.jsonl": b"1\n2\n3\n4\n"})
+    sync_run(run, dest)
+    assert home(dest)["output/metrics.jsonl"] == b"1\n2\n3\n4\n"
+
+
+def test_many_files_in_an_archive_come_quickly(tmp_path: Path) -> None:
+    run, dest = open_store(str(tmp_path / "r")), tmp_path / "home"
+    fill(run, {left("r", "model.tar.gz"): packed({f"{n % 100}/{n}": b"%d" % n for n in range(10_000)})})
+    since = time.monotonic()
+    assert sync_run(run, dest).files == 10_000
+    assert time.monotonic() - since < 20  # 2 s on an idle machine
+    assert sync_run(run, dest).skipped == 10_000
+
+
+# -- archives -------------------------------------------------------------------------------------
 
 
 def test_a_tar_file_unpacks(tmp_path: Path) -> None:
@@ -431,22 +669,6 @@ def test_a_tar_file_unpacks(tmp_path: Path) -> None:
     for path in (tmp_path / "home").rglob("*"):
         assert not path.is_symlink()
         assert not path.stat().st_mode & 0o7000
-
-
-EVIL: dict[str, tuple[str, bytes | str, bytes]] = {
-    "up": ("../evil", b"1", tarfile.REGTYPE),
-    "up inside": ("a/../../evil", b"1", tarfile.REGTYPE),
-    "absolute": ("/tmp/evil", b"1", tarfile.REGTYPE),
-    "backslash": ("..\\evil", b"1", tarfile.REGTYPE),
-    "link out": ("evil", "../../etc/passwd", tarfile.SYMTYPE),
-    "absolute link": ("evil", "/etc/passwd", tarfile.SYMTYPE),
-    "hard link out": ("evil", "../outside", tarfile.LNKTYPE),
-    "link to a folder": ("evil", "good", tarfile.SYMTYPE),
-    "link to itself": ("evil", "evil", tarfile.SYMTYPE),
-    "device": ("evil", b"", tarfile.CHRTYPE),
-    "pipe": ("evil", b"", tarfile.FIFOTYPE),
-    "below a file": ("good/file/evil", b"1", tarfile.REGTYPE),
-}
 
 
 @pytest.mark.parametrize("name", EVIL)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +18,10 @@ from launcher.secretfiles import require_private
 
 if TYPE_CHECKING:
     import boto3.session
+    from botocore.exceptions import ClientError
     from obstore.store import S3Config, S3Credential
 
-__all__ = ["Provider", "ecr_login", "obstore_credentials", "session", "translated"]
+__all__ = ["Provider", "ecr_login", "obstore_credentials", "parameter", "secret", "session", "translated"]
 
 _ECR = re.compile(r"(\d{12})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
 """https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
@@ -108,6 +110,102 @@ def ecr_login(host: str, profile: str | None = None) -> tuple[str, str] | None:
     token = base64.b64decode(answer["authorizationData"][0]["authorizationToken"]).decode()
     user, _, password = token.partition(":")
     return user, password
+
+
+def secret(reference: str) -> str:
+    """A value of Secrets Manager: NAME or ARN, `#KEY` after it for a key of a JSON secret; asked by this identity.
+
+    SpecError if there is none, or no text; AuthError, naming the permission. No message holds a value.
+    """
+    name, _, key = reference.partition("#")
+    answer = _ask(_SECRETS, name)
+    if "SecretString" not in answer:
+        raise SpecError(f"the secret {name!r} of Secrets Manager is binary; a variable takes text")
+    text = str(answer["SecretString"])
+    return _key_of(text, key, f"the secret {name!r} of Secrets Manager") if key else text
+
+
+def parameter(reference: str) -> str:
+    """A value of SSM's Parameter Store, decrypted; otherwise as `secret`."""
+    name, _, key = reference.partition("#")
+    text = str(_ask(_PARAMETERS, name)["Parameter"]["Value"])
+    return _key_of(text, key, f"the parameter {name!r} of SSM") if key else text
+
+
+def _key_of(text: str, key: str, what: str) -> str:
+    """Text stays as it is, other JSON values as JSON."""
+    try:
+        values = json.loads(text)
+    except ValueError:  # `from error` would print the value
+        values = None
+    if not isinstance(values, dict):
+        raise SpecError(f"{what} is no JSON object, so it has no key {key!r}: leave out #{key}")
+    if key not in values:
+        raise SpecError(f"{what} has no key {key!r}")  # its other keys may tell more than they should
+    return values[key] if isinstance(values[key], str) else json.dumps(values[key])
+
+
+@dataclass(frozen=True)
+class _Vault:
+    """Where secrets are kept. name: in messages. missing: its codes for a name that is not there."""
+
+    name: str
+    service: str
+    operation: str
+    permission: str
+    missing: tuple[str, ...]
+    parameters: Callable[[str], dict[str, object]]
+
+
+_SECRETS = _Vault(
+    "Secrets Manager",
+    "secretsmanager",
+    "get_secret_value",
+    "secretsmanager:GetSecretValue",
+    ("ResourceNotFoundException",),
+    lambda name: {"SecretId": name},
+)
+_PARAMETERS = _Vault(
+    "SSM's Parameter Store",
+    "ssm",
+    "get_parameter",
+    "ssm:GetParameter",
+    ("ParameterNotFound", "ParameterVersionNotFound"),
+    lambda name: {"Name": name, "WithDecryption": True},
+)
+_NOT_ALLOWED = ("AccessDeniedException", "AccessDenied", "DecryptionFailure", "InvalidKeyId")
+
+
+def _ask(vault: _Vault, name: str) -> dict[str, Any]:
+    """The service's answer, in the region of an ARN, else of the environment."""
+    boto3 = _boto3(f"the secret store:{vault.service}:{name}")
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    region = name.split(":")[3] if name.startswith("arn:") and name.count(":") >= 5 else ""
+    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+    patient = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 4})
+    with _aws_errors(None):
+        client = boto3.Session(region_name=region or None).client(vault.service, config=patient)
+        try:
+            answer: dict[str, Any] = getattr(client, vault.operation)(**vault.parameters(name))
+        except ClientError as error:
+            raise _refusal(error, vault, name, client.meta.region_name) from error
+        finally:
+            client.close()
+    return answer
+
+
+def _refusal(error: ClientError, vault: _Vault, name: str, region: str) -> AuthError | SpecError | UnreachableError:
+    code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+    if code in vault.missing:
+        return SpecError(f"{vault.name} has no {name!r} in {region}: correct the reference, or make it")
+    if code in _NOT_ALLOWED:
+        key = ", and kms:Decrypt with the key of its own that it may have"
+        return AuthError(f"the job's role may not read {name!r}: it needs {vault.permission} on it{key} ({code})")
+    if status >= 500 or "Throttling" in code:
+        return UnreachableError(f"{vault.name} did not give {name!r} ({code}): try again")
+    return translated(error, None) if "Token" in code else SpecError(f"{vault.name} refuses {name!r}: {error}")
 
 
 def _files(environ: Mapping[str, str]) -> list[Path]:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from launcher.credentials import aws
 from launcher.errors import SpecError
 from launcher.secretfiles import require_private
 
 __all__ = ["RESOLVERS", "read_secrets"]
 
-RESOLVERS: dict[str, Callable[[str], str]] = {}
-"""Kind of a `store:KIND:NAME` reference → function from NAME to value. Backends of clouds fill it."""
+RESOLVERS: Mapping[str, Callable[[str], str]] = {"secretsmanager": aws.secret, "ssm": aws.parameter}
+"""Kind of a `store:KIND:NAME` reference → function from NAME to value, asked with the job's own identity."""
 
 
 def read_secrets(names: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
@@ -47,7 +48,9 @@ def _value(name: str, reference: str, known: Mapping[str, str]) -> str:
     if reference.startswith("store:"):
         kind, _, rest = reference.removeprefix("store:").partition(":")
         if kind not in RESOLVERS:
-            raise SpecError(f"the secret {name} is {reference}, which needs a runner of a cloud backend")
+            raise SpecError(
+                f"the secret {name} is {reference}; known here: {', '.join(f'store:{k}:…' for k in RESOLVERS)}"
+            )
         return RESOLVERS[kind](rest)
     raise SpecError(
         f"the secret {name} ({reference}) is neither in the environment nor in CVLAUNCH_SECRETS_FILE or _FOLDER"

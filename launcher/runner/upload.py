@@ -99,7 +99,8 @@ class Uploader:
     """Sends what stands in `home` to `store`, with `where` before every path (`nodes/1/` for the second node).
 
     folders: of OUTPUT_FOLDERS, those that the runner moves. without: a folder in them that it doesn't.
-    restored: path → bytes of growing files that the store has from earlier attempts. Use `start` and `finish`; `round` and `send_all` are their single steps.
+    restored: path → bytes of growing files that the store has from earlier attempts. Use `start` and `finish`;
+    `round` and `send_all` are their single steps.
     """
 
     def __init__(

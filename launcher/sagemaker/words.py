@@ -61,23 +61,32 @@ class _Cause:
 
 
 _CAUSES = (
-    _Cause(r"^CapacityError|insufficient capacity|unable to provision", State.ERROR, "capacity",
+    _Cause(r"^(?!AlgorithmError).*(CapacityError|insufficient capacity|unable to provision)", State.ERROR, "capacity",
            "try again later, name more GPUs in resources.gpu, or another region"),
-    _Cause(r"^(ResourceLimitExceeded|.*account-level service limit)", State.ERROR, "quota",
+    _Cause(r"^(ResourceLimitExceeded|(?!AlgorithmError).*account-level service limit)", State.ERROR, "quota",
            "ask for a larger one in Service Quotas; see: cvlaunch targets probe"),
     _Cause(r"^InternalServerError", State.ERROR, "SageMaker",
            "submit it again; retries_by_platform in the target does that"),
-    _Cause(r"^ClientError.*(\bimage\b|repository|\bECR\b|manifest)", State.ERROR, "image",
+    _Cause(r"^ClientError.*(route table|VPC endpoint|network ACL)", State.ERROR, "network",
+           "instances in your subnets must reach S3: give the VPC an S3 endpoint or a NAT"),
+    _Cause(r"^ClientError.*instance type with more memory", State.ERROR, "memory", "ask for more in resources.memory"),
+    _Cause(r"^(AlgorithmError: CannotStartContainerError|ClientError.*(OCI runtime|executable file not found))",
+           State.ERROR, "image", "it must have the runner on its path, or its own entry point with runner: none"),
+    _Cause(r"^ClientError(?!: (Data download|Failed to download)).*"
+           r"(\bimage\b|algorithm container|repository|\bECR\b|manifest)", State.ERROR, "image",
            "check that it is in ECR of this region, is for amd64, and that the role may pull it"),
-    _Cause(r"^ClientError.*(role|assume|AccessDenied|not authorized|Access denied|\b403\b)", State.ERROR, "role",
+    _Cause(r"^ClientError.*(No S3 objects|disk space|space left)", State.ERROR, "data",
+           "check the channel's place, and resources.disk"),
+    _Cause(r"^ClientError.*(\brole\b|assume|AccessDenied|not authorized|Access denied|\b403\b)", State.ERROR, "role",
            "the role lacks a permission; see: cvlaunch targets policy"),
-    _Cause(r"^ClientError.*(S3 objects|data ?source|Data download|\bS3\b|channel|\bdisk\b|space)", State.ERROR, "data",
+    _Cause(r"^ClientError.*(data ?source|download|\bS3\b|channel|\bdisk\b)", State.ERROR, "data",
            "check the channel's place, and resources.disk"),
     _Cause(r"^ClientError", State.ERROR, "request", "change what it objects to"),
 )  # fmt: skip
 """https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeTrainingJob.html, FailureReason"""
 
-_EXIT_CODE = re.compile(r"(?:,?\s*exit code:|ExitCode)\s*(-?\d+)\s*$|ExitCode\s+\"?(\d+)", re.MULTILINE)
+_EXIT_CODE = re.compile(r",?\s*\bexit ?code:?\s*\"?(-?\d+)\"?\s*$", re.MULTILINE | re.IGNORECASE)
+"""SageMaker's words, and those of its training toolkit."""
 _TIMED_OUT = re.compile(r"^the timeout of .* is used up")
 
 
@@ -146,9 +155,10 @@ def _end(job: Json, status: Status, result: Mapping[str, Any]) -> tuple[State, s
 
 def _by_words(failure: str) -> tuple[State, str, int | None]:
     """`AlgorithmError: <the failure file>, exit code: 3`"""
-    found = _EXIT_CODE.search(failure)
-    code = int(found[1] or found[2]) if found else None
-    text = _EXIT_CODE.sub("", failure.removeprefix("AlgorithmError:")).strip(" ,\n")
+    *_, found = [None, *_EXIT_CODE.finditer(failure)]  # the last is the platform's; the job's own text comes first
+    code = int(found[1]) if found else None
+    said = failure[: found.start()] + failure[found.end() :] if found else failure
+    text = said.removeprefix("AlgorithmError:").strip(" ,\n")
     state = State.TIMED_OUT if _TIMED_OUT.search(text) else State.FAILED
     return state, text or (f"exit code {code}" if code is not None else "SageMaker gives no reason"), code
 

@@ -74,7 +74,10 @@ _OLD_REGIONS = {"": "us-east-1", "EU": "eu-west-1"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What a job wants. image: None if none is named. channels: name → URI. max_runtime: in seconds, 0: not asked."""
+    """What a job wants. image: None if none is named. channels: name → URI. instance_types: one of them is enough.
+
+    max_runtime: in seconds, of the job's own timeout; 0: it has none, and the target's counts.
+    """
 
     role: str | None
     image: str | None
@@ -181,48 +184,46 @@ class _Look:
 
     def rights(self, role: str | None) -> Iterator[Problem]:
         """What IAM's simulator says, where the caller may ask it. It knows no policies of buckets and keys."""
+        if parse_role(role or "") is not None:
+            with contextlib.suppress(CvlaunchError, MissingError):
+                yield from self._simulated(str(role))
+
+    def _simulated(self, role: str) -> Iterator[Problem]:
         place = place_of(self.target, self.account.region)
-        policy = f"`cvlaunch targets policy {self.account.name}` prints"
-        if parse_role(role or "") is None:
-            return
-        for need in submitter_needs(place):
-            if need.name in ("Jobs", "PassRole") and (denied := self._denied(self._principal(), need)):
+        policy = f"`cvlaunch targets policy {self.account.name} --of"
+        caller = self._principal()
+        for need in submitter_needs(place) if caller else ():
+            if need.name in ("Jobs", "PassRole") and (denied := self._denied(str(caller), need)):
                 what = f"you may not do {', '.join(denied)} on {need.resources[0]}"
-                yield Problem("profile", f"{what}: ask for the policy that {policy} for the submitter")
+                yield Problem("profile", f"{what}: ask for the policy that {policy} submitter` prints")
         for need in role_needs(place):
             if need.name in ("OutputObjects", "Image", "Logs") and (denied := self._denied(role, need)):
                 what = f"the role may not do {', '.join(denied)} on {need.resources[0]}, for {need.purpose}"
-                yield Problem("role", f"{what}: give it the policy that {policy} for the role", fatal=False)
+                yield Problem("role", f"{what}: give it the policy that {policy} role` prints", fatal=False)
 
     def _principal(self) -> str | None:
         """Of the caller, as IAM's simulator wants it; None for those it doesn't know."""
         session = re.fullmatch(r"arn:[\w-]+:sts::\d+:assumed-role/(?P<role>[^/]+)/.+", self.caller.arn)
         if session:
-            with contextlib.suppress(CvlaunchError, MissingError):
-                return str(self.account.call("iam", "get_role", RoleName=session["role"])["Role"]["Arn"])
-            return None
+            return str(self.account.call("iam", "get_role", RoleName=session["role"])["Role"]["Arn"])
         return self.caller.arn if ":user/" in self.caller.arn else None
 
-    def _denied(self, principal: str | None, need: Need) -> list[str]:
-        if principal is None:
-            return []
+    def _denied(self, principal: str, need: Need) -> list[str]:
         context = [
             {"ContextKeyName": key, "ContextKeyType": "string", "ContextKeyValues": [value]}
             for keys in need.condition.values()
             for key, value in keys.items()
         ]
-        with contextlib.suppress(CvlaunchError, MissingError):
-            answers = self.account.call(
-                "iam",
-                "simulate_principal_policy",
-                PolicySourceArn=principal,
-                ActionNames=list(need.actions),
-                ResourceArns=list(need.resources),
-                ContextEntries=context,
-            ).get("EvaluationResults", ())
-            denied = (answer["EvalActionName"] for answer in answers if answer["EvalDecision"] != "allowed")
-            return list(dict.fromkeys(denied))
-        return []
+        answers = self.account.call(
+            "iam",
+            "simulate_principal_policy",
+            PolicySourceArn=principal,
+            ActionNames=list(need.actions),
+            ResourceArns=list(need.resources),
+            ContextEntries=context,
+        ).get("EvaluationResults", ())
+        denied = (answer["EvalActionName"] for answer in answers if answer["EvalDecision"] != "allowed")
+        return list(dict.fromkeys(denied))
 
     def bucket(self, key: str, uri: str) -> Iterator[Problem]:
         place, account = split_s3(uri), self.account
@@ -303,17 +304,22 @@ class _Look:
         usage = _USAGE["spot" if asked.spot else "on demand"]
         wanted = {usage.format(name): name for name in asked.instance_types}
         warm = {_USAGE["warm pool"].format(name): name for name in asked.instance_types if self.target.keep_alive}
-        names = [*wanted, *warm, *([_LONGEST_RUN] if asked.max_runtime else [])]
-        there = _quotas_named(names, self.account)
+        there = _quotas_named([*wanted, *warm, _LONGEST_RUN], self.account)
         yield from self._too_few(wanted, there, asked, key="resources.spot" if asked.spot else self._types_key)
         yield from self._too_few(warm, there, asked, key="keep_alive")
         longest = there.get(_LONGEST_RUN)
-        if longest is not None and longest.value < asked.max_runtime:
+        if longest is not None:
+            yield from self._too_long(longest, asked.max_runtime)
+
+    def _too_long(self, longest: _ServiceQuota, timeout: float) -> Iterator[Problem]:
+        key = "resources.timeout" if timeout else "max_runtime"
+        wanted = timeout or self.target.max_runtime
+        if longest.value < wanted:
             yield Problem(
-                "resources.timeout",
-                f"the job may run for {format_duration(asked.max_runtime)}, and the longest that this account may is "
-                f"{format_duration(longest.value)}: write a shorter timeout in the job, or a shorter max_runtime in "
-                f"the target, or ask for more: {_raise(longest.code, math.ceil(asked.max_runtime), self.account)}",
+                key,
+                f"the job may run for {format_duration(wanted)}, and what this account may have is "
+                f"{format_duration(longest.value)}: write less, or ask for more: "
+                + _raise(longest.code, math.ceil(wanted), self.account),
             )
 
     @property

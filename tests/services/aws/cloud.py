@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from tests.services.aws.account import ACCOUNT, Account, RoleKeys
 from tests.services.aws.api import SageMaker
+from tests.services.aws.cloudwatch import LogPages
 from tests.services.aws.faults import Call, Faults
 from tests.services.aws.instances import GROUP, LABEL
 from tests.services.aws.jobs import ENDED, Job, Jobs
+from tests.services.aws.lookups import Lookups
 from tests.services.aws.quotas import Quotas, quota_name
 from tests.services.aws.runs import Run, Settings
 from tests.services.aws.server import Server
@@ -53,6 +55,8 @@ class AwsCloud:
         self._quotas = Quotas(self._jobs)
         self._faults = Faults()
         self._sign_in = SignIn(self.account)
+        self.lookups = Lookups()
+        self._pages = LogPages(self.account)
         self._runs: dict[Job, Run] = {}
         self._keys: dict[str, list[RoleKeys]] = {}
         self._sagemaker = SageMaker(self._jobs, self._quotas, self.account, self._start, self._stop)
@@ -122,7 +126,10 @@ class AwsCloud:
         self._quotas.offered.add(instance_type)
 
     def sign_in(self, home: Path, profile: str, *, role: str = "trainer") -> str:
-        """A profile with a log-in by SSO, as `aws sso login` leaves it below `home`. Its token."""
+        """A profile with a log-in by SSO, as `aws sso login` leaves it below `home`. Its token.
+
+        botocore looks for the home folder when it is imported (`SSOTokenProvider._SSO_TOKEN_CACHE_DIR`).
+        """
         return self._sign_in.log_in(home, profile, role)
 
     def sign_out(self, token: str) -> None:
@@ -255,6 +262,19 @@ class AwsCloud:
         """It is good again."""
         self._faults.renew(access_key)
 
+    def log_pages(self, *, events: int = 10_000, empty: int = 0) -> None:
+        """Pages of GetLogEvents have no more events than that, and the next `empty` ones have none, before the end."""
+        self._pages.page, self._pages.empty = events, empty
+
+    def say(self, name: str, *lines: str, host: int = 1, epoch: int = 1_700_000_000) -> None:
+        """Lines of a scripted job, in its log stream."""
+        now = round(time.time() * 1000)
+        self.account.put_lines(GROUP, f"{name}/algo-{host}-{epoch}", [(now, line) for line in lines])
+
+    def forget_logs(self, name: str) -> None:
+        """CloudWatch has no streams of this job any more."""
+        self.account.remove_streams(GROUP, f"{name}/")
+
     @property
     def grace_s(self) -> float:
         return self._settings.grace_s
@@ -296,6 +316,7 @@ class AwsCloud:
         self._jobs.clear()
         self._quotas.clear()
         self._faults.clear()
+        self._pages.clear()
         self._sagemaker.scripted.clear()
         self._settings.held.clear()
         self._settings.lacking.clear()
@@ -313,7 +334,11 @@ class AwsCloud:
             return json_answer(self._sagemaker.answer(request.operation, request.json, request.region))
         if target == "ServiceQuotasV20190624":
             return json_answer(self._quotas.answer(request.operation, request.json, request.region))
-        return self._sign_in.answer(request) if request.service == "sso" else None
+        if (request.service, request.operation) == ("logs", "GetLogEvents"):
+            return json_answer(self._pages.get_log_events(request.json, request.region))
+        if request.service == "sso":
+            return self._sign_in.answer(request)
+        return self.lookups.answer(request, self.endpoint)
 
     def _start(self, job: Job) -> None:
         if not job.scripted:

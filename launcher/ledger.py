@@ -23,9 +23,10 @@ from typing import Any
 
 from launcher import paths
 from launcher.backends.base import Handle
-from launcher.errors import AuthError, CapacityError, ConflictError, SpecError, nearest
+from launcher.errors import AuthError, CapacityError, ConflictError, SpecError, UnsupportedError, nearest
 from launcher.process import ProcessId
 from launcher.status import State, Status
+from launcher.stores import join_uri
 
 __all__ = ["Ledger", "RunRecord", "RunSummary", "new_run_id", "valid_run_id"]
 
@@ -97,6 +98,22 @@ class RunRecord:
     @property
     def parsed_handle(self) -> Handle | None:
         return Handle.parse(self.handle) if self.handle else None
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Without cvlaunch: it has no run folder, its places are not ours to change, and it can't be sent again."""
+        outputs = self.plan.get("outputs", ())
+        return bool(outputs) and all(output["into"] for output in outputs)
+
+    @property
+    def folder(self) -> str:
+        """URI of the run's folder in the output store; of a job made elsewhere, the place of its results."""
+        return str(self.plan["outputs"][0]["uri"]) if self.made_elsewhere else join_uri(self.output, self.run_id)
+
+    def require_ours(self, what: str) -> None:
+        """UnsupportedError if it was made elsewhere. what: can't be done, then."""
+        if self.made_elsewhere:
+            raise UnsupportedError(f"{self.run_id} was made without cvlaunch, so {what}")
 
     @property
     def owner_alive(self) -> bool:

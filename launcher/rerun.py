@@ -39,6 +39,7 @@ def prepare_again(
     make: as in `resolve`. A setting of `code` means the folder as it is now; so does an archive that the store has no
     more.
     """
+    earlier.require_ours("its job is not known well enough to send it again; write a job file with its image and data")
     spec = apply_settings(Document(Path(f"the job of {earlier.run_id}"), earlier.job["spec"]), settings)
     with tempfile.TemporaryDirectory(prefix="cvlaunch-") as scratch:
         archive = Path(scratch) / "code.tar.gz"

@@ -28,7 +28,7 @@ from launcher.rerun import prepare_again
 from launcher.runner.stop import within
 from launcher.spec import JobSpec
 from launcher.status import State, Status
-from launcher.stores import Store, join_uri, open_store
+from launcher.stores import Store, open_store
 from launcher.submission import OpenBackends, prepare, reconcile_many, resend, send, store_of, target_key
 from launcher.supervised import ended_state
 from launcher.sweep import prepare_many, send_many
@@ -148,8 +148,8 @@ class Run:
 
     @property
     def output(self) -> str:
-        """URI of the run's folder in the output store."""
-        return join_uri(self._record.output, self.id)
+        """URI of the run's folder in the output store; of a job made elsewhere, the place of its results."""
+        return self._record.folder
 
     def __repr__(self) -> str:
         return f"Run({self._record.handle or self.id}, {self._record.state})"
@@ -230,7 +230,7 @@ class Run:
     def _say_watched(self, last: float) -> float:
         """Tells the runner that somebody looks, so that it uploads every few seconds."""
         store = self.store()
-        if store.local_path() is not None or time.time() - last < 30:
+        if self._record.made_elsewhere or store.local_path() is not None or time.time() - last < 30:
             return last
         with contextlib.suppress(UnreachableError):
             store.write(contract.WATCH, str(time.time()).encode())
@@ -250,7 +250,8 @@ class Run:
         if handle is None:  # in doubt: should it appear, the mark is there already
             self.store().write(contract.CANCEL, b"cancelled\n")
             return status
-        within(_MARK_S, lambda: self.store().write(contract.CANCEL, b"cancelled\n"))
+        if not self._record.made_elsewhere:
+            within(_MARK_S, lambda: self.store().write(contract.CANCEL, b"cancelled\n"))
         self._open_backend().cancel(handle)
         return self.status()
 
@@ -374,12 +375,18 @@ class Run:
 
     def remove(self, *, remote: bool = False) -> None:
         """Forgets an ended run; remote: also deletes what the platform and the output store hold of it."""
+        self.check_removable(remote=remote)
+        if remote:
+            self._remove_remote()
+        self._ledger.delete(self.id)
+
+    def check_removable(self, *, remote: bool = False) -> None:
+        """SpecError if `remove` would refuse it."""
         status = self.status()
         if not status.state.terminal:
             raise SpecError(f"{self.id} is {status.state}; cancel it first: cvlaunch cancel {self.id}")
         if remote:
-            self._remove_remote()
-        self._ledger.delete(self.id)
+            self._record.require_ours("its job and results are not deleted; leave out --remote to forget it here")
 
     def _remove_remote(self) -> None:
         store = self.store()

@@ -43,7 +43,7 @@ from launcher.resolve import resolve
 from launcher.secretfiles import require_private
 from launcher.spec import JobSpec
 from launcher.status import State
-from launcher.stores import Store, is_uri, join_uri, open_store
+from launcher.stores import PlacesStore, Store, is_uri, join_uri, open_store
 from launcher.targets import Selected, Targets, load_targets
 
 __all__ = [
@@ -322,6 +322,7 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
     A run that got somewhere goes on from its newest checkpoint.
     """
     seen = reconcile(ledger.get(record.run_id), ledger=ledger)
+    seen.require_ours("it can't be resumed")
     if seen.state not in _RESENDABLE or (seen.state is State.SENDING and seen.owner_alive):
         raise SpecError(f"{seen.run_id} is {seen.state} and needs no resuming; `cvlaunch rerun` starts it afresh")
     backend = backend_of(seen)
@@ -472,10 +473,15 @@ def target_key(record: RunRecord) -> str:
 
 
 def store_of(record: RunRecord, backend: Backend | None = None) -> Store:
-    """The run's folder in the output store."""
+    """The run's folder in the output store; of a job made elsewhere, what stands for it, to be read only."""
     backend = backend or backend_of(record)
-    uri = join_uri(record.output, record.run_id)
-    return backend.store(uri) or open_store(uri, backend.target.storage.options)
+
+    def opened(uri: str) -> Store:
+        return backend.store(uri) or open_store(uri, backend.target.storage.options)
+
+    if not record.made_elsewhere:
+        return opened(record.folder)
+    return PlacesStore(record.folder, {output["into"]: opened(output["uri"]) for output in record.plan["outputs"]})
 
 
 def client_secrets(spec: JobSpec, folder: Path) -> dict[str, str]:

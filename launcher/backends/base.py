@@ -268,11 +268,20 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Adopted:
-    """A job that somebody else has sent. text: what was sent; job: the job.json in it."""
+    """A job that somebody else has sent.
+
+    text: what was sent. job: its job.json. attempt: which submission of the run it is.
+    elsewhere: it was made without cvlaunch, and `outputs`, each with its folder of the run, are where its results
+    appear; `job` then tells what is known of it. notes: for people.
+    """
 
     handle: Handle
     text: str
     job: JobFile
+    attempt: int = 1
+    elsewhere: bool = False
+    outputs: tuple[Output, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -280,7 +289,7 @@ class Adopts(Protocol):
     """A backend whose platform is shared by many who send jobs."""
 
     def adopt(self, name: str) -> Adopted:
-        """name: a run id, or the platform's own. SpecError if there is no such job, or none that cvlaunch rendered."""
+        """name: a run id, or the platform's own. SpecError if there is no such job, or none that can be taken in."""
         ...
 
 

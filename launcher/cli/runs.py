@@ -22,7 +22,6 @@ from launcher.cli.options import (
 )
 from launcher.cli.out import Column, Out, style_of_state
 from launcher.cli.shapes import run_json, summary_json
-from launcher.errors import SpecError
 from launcher.ledger import Ledger, RunRecord, RunSummary
 from launcher.quantities import format_duration, format_size
 from launcher.status import State
@@ -210,9 +209,7 @@ def rm(*, run: tuple[str, ...], remote: bool, yes: bool, out: Out) -> None:
     """
     found = [find_run(text) for text in run]
     for one in found:
-        state = one.status().state
-        if not state.terminal:
-            raise SpecError(f"{one.id} is {state}; cancel it first: cvlaunch cancel {one.id}")
+        one.check_removable(remote=remote)
     for one in found:
         click.echo(_what_goes(one, remote), err=True)
     if not yes:

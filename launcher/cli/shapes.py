@@ -9,7 +9,6 @@ from launcher.backends.base import LogLine
 from launcher.ledger import RunRecord, RunSummary
 from launcher.metrics import Point
 from launcher.status import Status
-from launcher.stores import join_uri
 
 __all__ = ["log_json", "point_json", "run_json", "status_json", "summary_json"]
 
@@ -24,7 +23,7 @@ def run_json(record: RunRecord) -> dict[str, Any]:
         "target": record.target_name,
         "handle": record.handle,
         "rerun_of": record.rerun_of,
-        "output": join_uri(record.output, record.run_id),
+        "output": record.folder,
         "synced": record.synced,
         "job_digest": record.plan["job_digest"],
         "plan_sha": record.plan["plan_sha"],

@@ -24,12 +24,14 @@ from launcher.stores.paths import (
     path_of,
     scheme,
 )
+from launcher.stores.places import PlacesStore
 
 __all__ = [
     "OF_TARGETS",
     "SCHEMES",
     "Entry",
     "FolderStore",
+    "PlacesStore",
     "Progress",
     "StorageOptions",
     "Store",

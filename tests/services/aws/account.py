@@ -187,6 +187,16 @@ class Account:
             streams = found.streams.items() if found else ()
             return {n: [event.message for event in s.events] for n, s in streams if n.startswith(prefix)}
 
+    def events(self, group: str, stream: str, region: str) -> list[Any] | None:
+        """moto's, by time; None if there is no such stream."""
+        from moto.logs.models import logs_backends
+
+        with LOCK:
+            found = logs_backends[ACCOUNT][region].groups.get(group)
+            if found is None or stream not in found.streams:
+                return None
+            return sorted(found.streams[stream].events, key=lambda event: (event.timestamp, event.event_id))
+
     def remove_streams(self, group: str, prefix: str) -> None:
         from moto.logs.models import logs_backends
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.services.aws.account import Account
+from tests.services.aws.cloudwatch import cut_event
 from tests.services.aws.jobs import Job
 from tests.services.aws.transfer import Checkpoints, download_channel
 from tests.services.aws.wire import Json
@@ -189,7 +190,8 @@ class Instance:
         """What it printed since the last time goes to CloudWatch, and is given back."""
         lines = self._log.read()
         if lines:
-            self.place.account.put_lines(GROUP, self._stream, lines)
+            events = [(stamp, part) for stamp, text in lines for part in cut_event(text)]
+            self.place.account.put_lines(GROUP, self._stream, events)
         return [text for _, text in lines]
 
 

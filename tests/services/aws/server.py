@@ -27,6 +27,13 @@ _ANYWHERE = ("CreateBucket", "ListBuckets", "GetBucketLocation")
 
 
 class _Handler(MotoRequestHandler):
+    def make_environ(self) -> Json:
+        """With the one header of AWS that has an underscore, which werkzeug drops."""
+        environ = super().make_environ()
+        if token := self.headers.get("x-amz-sso_bearer_token"):
+            environ["HTTP_X_AMZ_SSO_BEARER_TOKEN"] = token
+        return environ
+
     def log_request(self, *_: object) -> None:
         """Nothing: `Cloud.calls` has them all."""
 

@@ -316,6 +316,7 @@ class AwsCloud:
         self._jobs.clear()
         self._quotas.clear()
         self._faults.clear()
+        self.lookups.clear()
         self._pages.clear()
         self._sagemaker.scripted.clear()
         self._settings.held.clear()

@@ -6,9 +6,9 @@ import itertools
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,25 @@ from launcher.backends.base import LogLine
 from launcher.errors import SpecError, UnreachableError
 from launcher.kube.client import Access, Cluster
 from launcher.kube.logs import run_logs
-from launcher.stores import Store, open_store
+from launcher.stores import Store
+from tests.log_lines import (
+    NOON,
+    ONE,
+    RUN,
+    TWO,
+    Folder,
+    Read,
+    Story,
+    check_resuming,
+    folder_in,
+    hello,
+    parsed,
+    random_attempts,
+    stamp,
+    tagged,
+    texts,
+)
 from tests.services.kube import KubeCluster
-
-RUN = "digits-1"
-NOON = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
-
-
-def stamp(seconds: float, digits: int = 3) -> str:
-    micros = round(seconds * 1e6)
-    text = datetime.fromtimestamp(micros // 10**6, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{text}.{micros % 10**6:06}"[: 20 + digits] + ("000Z" if digits == 9 else "Z")
-
-
-def tagged(text: str, at: float, rank: str = "0") -> str:
-    return f"{stamp(NOON + at)} [{rank}] {text}"
-
-
-def hello(attempt: int, at: float, node: str = "") -> str:
-    return tagged(f"{RUN}, attempt {attempt}{node}; root /opt/ml; shm 64 MiB", at, "-")
 
 
 @dataclass
@@ -196,29 +196,9 @@ def cluster(api: Api, tmp_path: Path) -> Iterator[Cluster]:
     cluster.close()
 
 
-@dataclass
-class Folder:
-    """The run's folder in the output store, and how often it was asked for."""
-
-    store: Store
-    asked: int = 0
-
-    def __call__(self) -> Store:
-        self.asked += 1
-        return self.store
-
-    def put(self, *lines: str, attempt: int = 1, node: int = 0) -> None:
-        path = f"output/logs/attempt-{attempt}.node-{node}.log"
-        where = f"nodes/{node}/{path}" if node else path
-        self.store.write(where, "".join(f"{line}\n" for line in lines).encode())
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return Folder(open_store(str(tmp_path / "out")))
-
-
-Read = Callable[..., list[LogLine]]
+    return folder_in(tmp_path)
 
 
 @pytest.fixture
@@ -227,23 +207,6 @@ def read(cluster: Cluster, folder: Folder) -> Read:
         return list(run_logs(cluster, RUN, folder, since=since, **how))
 
     return read
-
-
-def texts(lines: Sequence[LogLine]) -> list[str]:
-    return [line.text.partition(";")[0] for line in lines]
-
-
-def check_resuming(read: Read) -> list[LogLine]:
-    """After each line a new reader gives exactly the rest, cursors included."""
-    whole = read()
-    for number, line in enumerate(whole, 1):
-        assert read(since=line.cursor) == whole[number:], line
-    return whole
-
-
-ONE = [hello(1, 0), *(tagged(f"line {number}", 1 + number / 4) for number in range(8)), tagged("bye", 3, "-")]
-TWO = [hello(2, 100), tagged("again", 101), tagged("again", 101), tagged("done", 102, "-")]
-"""Two lines with one stamp: the count tells them apart."""
 
 
 def test_one_pod(api: Api, read: Read, folder: Folder) -> None:
@@ -295,10 +258,6 @@ def test_a_log_whose_beginning_was_rotated_away(api: Api, read: Read, folder: Fo
         assert {line.attempt for line in found} == {1, attempt}
     folder.put(TWO[0], attempt=2)
     assert texts(check_resuming(read)) == texts(parsed([*ONE, *TWO]))
-
-
-def parsed(lines: Sequence[str]) -> list[LogLine]:
-    return [LogLine(line.split("] ", 1)[1]) for line in lines]
 
 
 def test_a_pod_that_was_replaced_and_is_gone(api: Api, read: Read, folder: Folder) -> None:
@@ -429,15 +388,9 @@ def test_a_cursor_of_something_else(read: Read, since: str) -> None:
 def test_a_place_is_the_same_wherever_the_lines_come_from(api: Api, read: Read, folder: Folder, seed: int) -> None:
     """Attempts with many lines a millisecond, some out of order; pods that are gone and logs that were rotated."""
     chance = random.Random(seed)
-    attempts, at = [], 0.0
-    for attempt in range(1, chance.randint(2, 4)):
-        lines = [hello(attempt, at)]
-        for number in range(chance.randint(0, 25)):
-            at += chance.choice([0, 0, 0.001, 0.3, 4])
-            lines.append(tagged(f"line {attempt}.{number}", max(at - chance.choice([0, 0, 0.001]), 0)))
-        at += chance.randint(1, 20)
-        attempts.append(lines)
-        folder.put(*lines, attempt=attempt)
+    attempts = random_attempts(chance)
+    for number, lines in enumerate(attempts, 1):
+        folder.put(*lines, attempt=number)
     kept = [Pod(f"p{number}", created=number).say(*lines) for number, lines in enumerate(attempts)]
     rotated = chance.randint(0, len(attempts) - 1)
     late = [Pod(f"p{rotated}", lines=kept[rotated].lines[chance.randint(0, len(attempts[rotated])) :])]
@@ -455,20 +408,6 @@ def test_a_place_is_the_same_wherever_the_lines_come_from(api: Api, read: Read, 
 
 
 # -- following ------------------------------------------------------------------------------------------------------
-
-
-class Story:
-    """What happens to a run: a step each time that its reader asks whether it has ended."""
-
-    def __init__(self, *steps: Callable[[], object]) -> None:
-        self._steps = iter(steps)
-
-    def ended(self) -> bool:
-        step = next(self._steps, None)
-        if step is None:
-            return True
-        step()
-        return False
 
 
 def followed(read: Read, *steps: Callable[[], object], since: str = "") -> list[LogLine]:

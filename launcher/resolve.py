@@ -326,14 +326,19 @@ class _Resolver:
             record = self.ledger.find(run_id)
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from None
-        place = join_uri(record.output, record.run_id, path or "model")
-        if path.rstrip("/") not in ("", "model") or not self.online or scheme(place) == "file":
-            return place
         folder = join_uri(record.output, record.run_id)
-        store = self.backend.store(folder) or open_store(folder, self.selected.target.storage.options)
-        if next(iter(store.list("model")), None) or not (packed := newest_model(store)):
-            return place
-        return join_uri(folder, packed)
+        packed = self._packed_model(name, folder) if path.rstrip("/") in ("", "model") else None
+        return join_uri(folder, packed or path or "model")
+
+    def _packed_model(self, name: str, folder: str) -> str | None:
+        """Where SageMaker left the model of the run in `folder`, which has none at its usual place."""
+        if not self.online or scheme(folder) != "s3":
+            return None
+        try:
+            store = open_store(folder, self.selected.target.storage.options)
+            return None if any(store.list("model")) else newest_model(store)
+        except SpecError as error:
+            raise SpecError(error.message, key=self._key(name)) from error
 
     def _client_folder(self, name: str, written: str, path: Path) -> Channel:
         path = path.absolute()

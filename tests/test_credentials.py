@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from launcher.credentials import aws, google
 from launcher.errors import AuthError, SpecError, UnreachableError
+from launcher.runner.secret import read_secrets
 from launcher.secretfiles import require_private
 from launcher.stores import StorageOptions, open_store
 from tests.s3_fixtures import Bucket
@@ -62,7 +64,7 @@ def test_a_mounted_secret_may_be_read_through_its_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"]
+    "name", ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"]
 )
 def test_the_environment_is_left_to_obstore(name: str, clean_aws: Path) -> None:
     assert aws.obstore_credentials(environ={name: "x"}) is None
@@ -84,13 +86,16 @@ def test_a_missing_extra_is_one_sentence(clean_aws: Path) -> None:
         "from launcher.errors import UnsupportedError\nfrom launcher.stores import StorageOptions, open_store\n"
         "from launcher.credentials import google\n"
         "open_store('s3://bucket')\nopen_store('gs://bucket', StorageOptions(anonymous=True))\n"
-        "for call in (lambda: open_store('s3://bucket', StorageOptions(profile='lab')), google.credentials):\n"
+        "from launcher.runner.secret import read_secrets\n"
+        "secret = lambda: read_secrets({'T': 'store:ssm:x'}, {})\n"
+        "for call in (lambda: open_store('s3://bucket', StorageOptions(profile='lab')), google.credentials, secret):\n"
         "    try:\n        call()\n    except UnsupportedError as error:\n        print(error)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert shown.splitlines() == [
         "the AWS profile 'lab' needs boto3: pip install 'cvlaunch[s3]'",
         "Google credentials need google-auth: pip install 'cvlaunch[gcs]'",
+        "the secret store:ssm:x needs boto3: pip install 'cvlaunch[s3]'",
     ]
 
 
@@ -130,6 +135,182 @@ def test_a_role_is_assumed_and_renewed(moto_bucket: Bucket, clean_aws: Path, mon
     assert credential["expires_at"] is not None
     store = open_store(moto_bucket.uri, StorageOptions(moto_bucket.server.endpoint, profile="lab"))
     store.check_writable()
+
+
+class FakeAws(http.server.ThreadingHTTPServer):
+    """Gives a container's role keys that are good for five minutes, takes objects, and else answers `refusal`."""
+
+    refusal: tuple[int, str] = (400, "")
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _FakeAwsHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.given, self.used = 0, list[str]()
+
+
+class _FakeAwsHandler(http.server.BaseHTTPRequestHandler):
+    server: FakeAws
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "ETag": '"1"'}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.given += 1
+        end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
+        keys = {"AccessKeyId": f"ASIA{self.server.given}", "SecretAccessKey": "s", "Token": "t"}
+        self.answer(200, {**keys, "Expiration": f"{end:%Y-%m-%dT%H:%M:%SZ}"})
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.used.append(self.headers["Authorization"].split("Credential=")[1].split("/")[0])
+        self.answer(200, {})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, code = self.server.refusal
+        self.answer(status, {"__type": code, "message": "User: arn:aws:sts::1:assumed-role/x is not authorized"})
+
+
+@pytest.fixture
+def fake_aws(clean_aws: Path) -> Iterator[FakeAws]:
+    with FakeAws() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("token_file", [False, True])
+def test_a_container_s_role_by_full_uri(
+    fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token_file: bool
+) -> None:
+    """Plain http on 127.0.0.1; with a file of a token (EKS) obstore asks by itself, without one boto3 does."""
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{fake_aws.url}/role")
+    if token_file:
+        monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(private(tmp_path / "token", "t")))
+    provider = aws.obstore_credentials()
+    assert (provider is None) == token_file
+    open_store("s3://bucket/x", StorageOptions(fake_aws.url, "eu-west-1")).write("a", b"1")
+    assert fake_aws.used[0] == f"ASIA{fake_aws.given}"
+    if provider:  # keys that are about to expire are renewed before they are handed out
+        first, second = provider(), provider()
+        assert first["access_key_id"] != second["access_key_id"] == f"ASIA{fake_aws.given}"
+
+
+# -- secrets of AWS -------------------------------------------------------------------------------
+
+VALUE = "canary-value"
+
+
+@pytest.fixture
+def vault(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Some secrets; the ARN of one of them."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_bucket.server.endpoint)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    manager = aws.session(None, "eu-west-1").client("secretsmanager")
+    ssm = aws.session(None, "eu-west-1").client("ssm")
+    if not manager.list_secrets()["SecretList"]:
+        keys = json.dumps({"token": VALUE, "port": 5432})
+        manager.create_secret(Name="prod/db@x", SecretString=keys)
+        manager.create_secret(Name="plain", SecretString=VALUE)
+        manager.create_secret(Name="binary", SecretBinary=VALUE.encode())
+        ssm.put_parameter(Name="/prod/token", Value=VALUE, Type="SecureString")
+        ssm.put_parameter(Name="json", Value=keys, Type="String")
+    arn = str(manager.describe_secret(SecretId="prod/db@x")["ARN"])
+    for client in (manager, ssm):
+        client.close()
+    return arn
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"),
+    [
+        ("secretsmanager:plain", VALUE),
+        ("secretsmanager:prod/db@x#token", VALUE),
+        ("secretsmanager:prod/db@x#port", "5432"),
+        ("secretsmanager:ARN#token", VALUE),
+        ("ssm:/prod/token", VALUE),
+        ("ssm:json#token", VALUE),
+    ],
+)
+def test_a_secret_of_aws_is_read_by_reference(vault: str, reference: str, value: str) -> None:
+    names = {"TOKEN": f"store:{reference.replace('ARN', vault)}"}
+    assert read_secrets(names, {}) == {"TOKEN": value}
+
+
+@pytest.mark.parametrize("region", ["us-west-2", None])
+def test_an_arn_says_its_region_itself(vault: str, monkeypatch: pytest.MonkeyPatch, region: str | None) -> None:
+    monkeypatch.delenv("AWS_REGION") if region is None else monkeypatch.setenv("AWS_REGION", region)
+    assert read_secrets({"TOKEN": f"store:secretsmanager:{vault}#token"}, {}) == {"TOKEN": VALUE}
+    with pytest.raises(SpecError):
+        read_secrets({"TOKEN": "store:secretsmanager:plain"}, {})
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("secretsmanager:plan", "Secrets Manager has no 'plan' in eu-west-1: correct the reference"),
+        ("ssm:/prod/tokn", "SSM's Parameter Store has no '/prod/tokn' in eu-west-1"),
+        ("secretsmanager:binary", "'binary' of Secrets Manager is binary; a variable takes text"),
+        ("secretsmanager:plain#key", "'plain' of Secrets Manager is no JSON object, so it has no key 'key'"),
+        ("secretsmanager:prod/db@x#tokn", "'prod/db@x' of Secrets Manager has no key 'tokn'"),
+        ("ssm:json#tokn", "'json' of SSM has no key 'tokn'"),
+        ("vault:x", "known here: store:secretsmanager:…, store:ssm:…"),
+    ],
+)
+def test_a_secret_of_aws_that_is_not_there(vault: str, reference: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_secrets({"TOKEN": f"store:{reference}"}, {})
+    assert message in str(caught.value)
+    assert VALUE not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("reference", "refusal", "kind", "message"),
+    [
+        (
+            "secretsmanager:a",
+            (400, "AccessDeniedException"),
+            AuthError,
+            "secretsmanager:GetSecretValue on it, and kms:D",
+        ),
+        (
+            "ssm:a",
+            (400, "AccessDeniedException"),
+            AuthError,
+            "the job's role may not read 'a': it needs ssm:GetParameter",
+        ),
+        ("secretsmanager:a", (400, "DecryptionFailure"), AuthError, "kms:Decrypt"),
+        ("secretsmanager:a", (400, "ExpiredTokenException"), AuthError, "ExpiredTokenException"),
+        ("ssm:a", (400, "ThrottlingException"), UnreachableError, "did not give 'a' (ThrottlingException): try again"),
+        ("ssm:a", (503, "ServiceUnavailable"), UnreachableError, "try again"),
+        ("ssm:a", (400, "ValidationException"), SpecError, "refuses 'a'"),
+    ],
+)
+def test_a_secret_that_aws_refuses(
+    fake_aws: FakeAws,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: str,
+    refusal: tuple[int, str],
+    kind: type[Exception],
+    message: str,
+) -> None:
+    fake_aws.refusal = refusal
+    environment = {"AWS_ENDPOINT_URL": fake_aws.url, "AWS_REGION": "eu-west-1", "AWS_ACCESS_KEY_ID": "a"}
+    for name, value in {**environment, "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as caught:
+        read_secrets({"TOKEN": f"store:{reference}"}, {})
+    assert message in str(caught.value)
 
 
 BAD_AWS: dict[str, tuple[str, str, type[Exception], str]] = {

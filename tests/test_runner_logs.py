@@ -138,7 +138,7 @@ def test_secrets_reach_the_command_and_no_text(world: RunnerWorld, source: str) 
         (
             "store:aws:prod/token",
             None,
-            "the secret TOKEN is store:aws:prod/token, which needs a runner of a cloud backend",
+            "the secret TOKEN is store:aws:prod/token; known here: store:secretsmanager:…, store:ssm:…",
         ),
         ("env:MY_TOKEN", 0o644, "others can read it"),
     ],

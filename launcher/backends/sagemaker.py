@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
 
 from launcher.backends.base import (
+    Adopted,
     BaseTarget,
     Feature,
     Handle,
@@ -25,16 +26,26 @@ from launcher.backends.base import (
     native_name,
 )
 from launcher.contract import RESULT, JobFile
-from launcher.errors import CapacityError, ConflictError, CvlaunchError, SpecError, UnsupportedError
+from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchError, SpecError, UnsupportedError
 from launcher.quantities import format_duration
 from launcher.rules import RULES, ContainerRules
 from launcher.sagemaker import words
+from launcher.sagemaker.adoption import (
+    SUBMISSION,
+    adopt_foreign,
+    adopt_own,
+    has_runner,
+    job_name,
+    no_such_job,
+    own_run_id,
+    run_folder,
+    submission_of,
+)
 from launcher.sagemaker.catalogue import instance_type
 from launcher.sagemaker.catalogue import words as words_of_type
 from launcher.sagemaker.client import Account, Json, MissingError, quota_of
 from launcher.sagemaker.limits import check_request, doubts
 from launcher.sagemaker.request import (
-    ARTIFACTS,
     PLAN_SHA,
     ROLE,
     RUN,
@@ -118,6 +129,7 @@ class SageMakerBackend:
         self.target_name = target_name
         self._account = Account(target.access, target_name)
         self._sleep = sleep
+        self._runners: dict[str, bool] = {}
 
     @property
     def rules(self) -> ContainerRules:
@@ -194,14 +206,33 @@ class SageMakerBackend:
         return [self.submit(plan, secrets, attempt=attempt) for plan in plans]
 
     def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
-        found: dict[str, Handle] = {}
-        for run_id in run_ids:
-            jobs = [job for job in self._pages(run_id) if words.attempt_of(job["TrainingJobName"], run_id)]
-            there = [job for job in jobs if job["TrainingJobStatus"] != "Deleting"]
-            newest = max(there, key=lambda job: words.attempt_of(job["TrainingJobName"], run_id), default=None)
-            if newest is not None and self._tags(newest).get(RUN) == run_id:
-                found[run_id] = self._handle(newest["TrainingJobName"])
-        return found
+        newest: dict[str, Json] = {}
+        for group in _groups(run_ids):
+            for job in self._pages(_common(group)):
+                run_id = next((one for one in group if words.attempt_of(job["TrainingJobName"], one)), None)
+                if run_id and job["TrainingJobStatus"] != "Deleting":
+                    newest.setdefault(run_id, job)  # the newest comes first
+                if len(newest) == len(run_ids):
+                    break
+        ours = (run_id for run_id, job in newest.items() if self._tags(job).get(RUN) == run_id)
+        return {run_id: self._handle(newest[run_id]["TrainingJobName"]) for run_id in ours}
+
+    def adopt(self, name: str) -> Adopted:
+        """A job that a colleague, the console or another tool has sent. Of a run, the newest submission."""
+        name = job_name(name, self._account)
+        job = self._describe(name)
+        if job is None:
+            raise no_such_job(self._account, name)
+        tags = self._tags_if_allowed(job)
+        run_id = own_run_id(job, tags)
+        if not run_id:
+            return adopt_foreign(self._handle(name), job, tags, account=self._account)
+        handle = self.find([run_id]).get(run_id) if name == run_id else None
+        if handle and handle.native != name:
+            newest = self._describe(handle.native)
+            job, tags = (newest, self._tags_if_allowed(newest)) if newest else (job, tags)
+        handle = self._handle(job["TrainingJobName"])
+        return adopt_own(handle, job, tags, store=self._store(job), account=self._account)
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -220,23 +251,19 @@ class SageMakerBackend:
         job = self._describe(name)
         if job is None:
             return Status(State.UNKNOWN, native="gone", reason=f"{self._account.where} has no training job {name}")
-        return words.status_of(job, self._result(job), submission=_submission(job))
+        return words.status_of(job, self._result(job), submission=submission_of(job))
 
     def _listed(self, names: Collection[str]) -> dict[str, Json]:
         """By name, of those that are asked for together with others."""
-        groups: dict[str, set[str]] = {}
-        for name in names:
-            groups.setdefault(_SUFFIX.sub("", name), set()).add(name)
         found: dict[str, Json] = {}
-        for group in groups.values():
+        for group in _groups(names):
             if len(group) > 1:
                 found |= self._newest(group)
         return found
 
     def _newest(self, names: set[str]) -> dict[str, Json]:
-        prefix = os.path.commonprefix(sorted(names))  # noqa: RUF071 characters are what is meant
         found: dict[str, Json] = {}
-        for job in self._pages(prefix):
+        for job in self._pages(_common(names)):
             if job["TrainingJobName"] in names:
                 found[job["TrainingJobName"]] = job
             if len(found) == len(names):
@@ -259,7 +286,7 @@ class SageMakerBackend:
 
     def _result(self, job: Json) -> Mapping[str, Any] | None:
         """What the runner says of the end; None where there is none, or it can't be read."""
-        if not words.summary_status(job).state.terminal:
+        if not words.summary_status(job).state.terminal or not run_folder(job):
             return None
         try:
             data = self._store(job).read(RESULT)
@@ -274,13 +301,25 @@ class SageMakerBackend:
         name = handle.native
         ended = seldom(lambda: self.status([handle])[handle].state.terminal)
         return run_logs(
-            self._account, name, lambda: self._run_folder(name), ended=ended if follow else None, since=since
+            self._account,
+            name,
+            lambda: self._run_folder(name),
+            ended=ended if follow else None,
+            since=since,
+            has_runner=self._has_runner(name),
         )
+
+    def _has_runner(self, name: str) -> bool:
+        """Asked once: a job stays what it is. One that is gone was most likely ours."""
+        if name not in self._runners:
+            job = self._describe(name)
+            self._runners[name] = job is None or has_runner(job)
+        return self._runners[name]
 
     def _run_folder(self, name: str) -> Store | None:
         """None if the job, which says where it is, is gone, or is none of ours."""
         job = self._describe(name)
-        return self._store(job) if job and _home(job) else None
+        return self._store(job) if job and run_folder(job) else None
 
     def cancel(self, handle: Handle) -> None:
         try:
@@ -324,8 +363,29 @@ class SageMakerBackend:
             return {}
         return {tag["Key"]: tag["Value"] for tag in found}
 
+    def _tags_if_allowed(self, job: Json) -> dict[str, str]:
+        try:
+            return self._tags(job)
+        except AuthError:
+            return {}
+
     def _store(self, job: Json) -> Store:
-        return open_store(_home(job), self.target.storage.options)
+        return open_store(run_folder(job), self.target.storage.options)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def _groups(names: Iterable[str]) -> list[set[str]]:
+    """Names that one list can be asked for: of one slug."""
+    groups: dict[str, set[str]] = {}
+    for name in names:
+        groups.setdefault(_SUFFIX.sub("", name), set()).add(name)
+    return list(groups.values())
+
+
+def _common(names: Collection[str]) -> str:
+    return os.path.commonprefix(sorted(names))  # noqa: RUF071 characters are what is meant
 
 
 # -- the text ---------------------------------------------------------------------------------------------------------
@@ -336,32 +396,19 @@ def _as_sent(request: Json, plan_sha: str, name: str, attempt: int) -> Json:
     tags = [*request.get("Tags", ()), {"Key": PLAN_SHA, "Value": plan_sha}]
     sent = {**request, "TrainingJobName": name, "Tags": tags}
     if attempt > 1:
-        sent["Environment"] = {**request.get("Environment", {}), _SUBMISSION: str(attempt)}
+        sent["Environment"] = {**request.get("Environment", {}), SUBMISSION: str(attempt)}
     return sent
-
-
-_SUBMISSION = "CVLAUNCH_SUBMISSION"
-
-
-def _submission(job: Json) -> int:
-    return int((job.get("Environment") or {}).get(_SUBMISSION, 1))
 
 
 def _run_id(job: Json, name: str) -> str:
     """Of a job of ours: its name, less the number of the submission."""
-    return name.removesuffix(f"-{_submission(job)}") if _submission(job) > 1 else name
-
-
-def _home(job: Json) -> str:
-    """The run's folder; empty for a job that is none of ours."""
-    place = str(job.get("OutputDataConfig", {}).get("S3OutputPath", ""))
-    return place.removesuffix(f"/{ARTIFACTS}") if place.endswith(f"/{ARTIFACTS}") else ""
+    return name.removesuffix(f"-{submission_of(job)}") if submission_of(job) > 1 else name
 
 
 def _check_found_again(request: Json, run_id: str) -> None:
     """SpecError where an overlay took away what a run is found by."""
     tags = {tag.get("Key"): tag.get("Value") for tag in request.get("Tags") or ()}
-    if request.get("TrainingJobName") != run_id or tags.get(RUN) != run_id or not _home(request):
+    if request.get("TrainingJobName") != run_id or tags.get(RUN) != run_id or not run_folder(request):
         raise SpecError(
             f"a run is found by TrainingJobName, by the tag {RUN} and by OutputDataConfig.S3OutputPath: leave them as "
             "they are",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
-from launcher.backends.base import Adopts, Output
+from launcher.backends.base import Adopts, Elsewhere, Output
 from launcher.contract import WEIGHTS_CHANNEL, JobFile
 from launcher.digest import text_digest
 from launcher.errors import ConflictError, UnsupportedError
-from launcher.ledger import Ledger, RunRecord
+from launcher.ledger import Ledger, RunRecord, new_run_id
 from launcher.spec import JobSpec
 from launcher.status import State
 from launcher.stores import join_uri, path_of, scheme
@@ -23,7 +24,7 @@ __all__ = ["adopt"]
 def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
     """Enters a job that the platform knows into the ledger. name: its run id, or the platform's own id.
 
-    What was entered before is returned as it is. SpecError if there is no such job, or none that cvlaunch has rendered;
+    What was entered before is returned as it is. SpecError if there is no such job, or none that can be taken in;
     ConflictError if the ledger has another run of this id.
     """
     backend = selected.open()
@@ -33,12 +34,15 @@ def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
         )
     found = backend.adopt(name)
     job = found.job
+    if found.elsewhere:
+        job = dataclasses.replace(job, run_id=_run_id(job.name, found.elsewhere))
     if job.run_id in ledger:
         known = ledger.get(job.run_id)
         if known.handle == str(found.handle):
             return known
         raise ConflictError(f"there is a run {job.run_id!r} already ({known.handle}); forget it with: cvlaunch rm")
     output = _output(job.output, selected.target.reached_by)
+    outputs = found.elsewhere.outputs if found.elsewhere else (Output(join_uri(output, job.run_id)),)
     record = RunRecord(
         run_id=job.run_id,
         name=job.name,
@@ -54,21 +58,29 @@ def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
             "plan_sha": text_digest(found.text),
             "job_digest": job.job_digest,
             "files": [],
-            "outputs": [dataclasses.asdict(Output(join_uri(output, job.run_id)))],
+            "outputs": [dataclasses.asdict(output) for output in outputs],
+            "notes": list(found.notes),
             "unpinned": [f"data.{channel.name}: no manifest" for channel in job.channels if not channel.fingerprint],
             "warnings": [],
         },
         job={
-            "spec": _spec(job).model_dump(mode="json"),
+            "spec": {} if found.elsewhere else _spec(job).model_dump(mode="json"),
             "folder": str(Path.cwd()),
             "job_file": job.to_json(),
             "image": job.image,
         },
         handle=str(found.handle),
         tags=job.tags,
+        attempt=found.attempt,
     )
     ledger.create(record)
     return record
+
+
+def _run_id(name: str, job: Elsewhere) -> str:
+    """The same for all who take it in, and sorted by the time when it was made."""
+    number = int(hashlib.sha256(job.id.encode()).hexdigest(), 16)
+    return new_run_id(name, now=job.created, randomness=number)
 
 
 def _output(written: str, reached_by: str | None) -> str:

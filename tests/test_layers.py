@@ -16,7 +16,7 @@ PACKAGE = Path(launcher.__file__).parent
 
 ROWS = [
     "_version beside contract errors paths process quantities rules",
-    "attempts digest engine gpus metrics remote secretfiles spec status tarfiles yamlfile",
+    "attempts digest engine gpus masking metrics remote secretfiles spec status tarfiles yamlfile",
     "containers credentials dataset jobfile shm",
     "stores",
     "backends.base manifest supervisor sync",

@@ -25,6 +25,7 @@ __all__ = [
     "Adopts",
     "Backend",
     "BaseTarget",
+    "Elsewhere",
     "Feature",
     "Handle",
     "Image",
@@ -267,20 +268,30 @@ class LogLine:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Of a job that was made without cvlaunch. id: the platform's, which no other job ever has. created: Unix seconds.
+
+    outputs: where its results appear, each with its folder of the run; the first is what people look for.
+    """
+
+    id: str
+    created: float
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
 class Adopted:
     """A job that somebody else has sent.
 
-    text: what was sent. job: its job.json. attempt: which submission of the run it is.
-    elsewhere: it was made without cvlaunch, and `outputs`, each with its folder of the run, are where its results
-    appear; `job` then tells what is known of it. notes: for people.
+    text: what was sent. job: its job.json; of one that was made elsewhere what is known of it, without a run id.
+    attempt: which submission of the run it is. notes: for people.
     """
 
     handle: Handle
     text: str
     job: JobFile
     attempt: int = 1
-    elsewhere: bool = False
-    outputs: tuple[Output, ...] = ()
+    elsewhere: Elsewhere | None = None
     notes: tuple[str, ...] = ()
 
 

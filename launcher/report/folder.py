@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.contract import ENVIRONMENT, JOB, LOGS, METRICS, RESULT, STARTED
+from launcher.masking import HIDDEN, mask_links, names_secret
 from launcher.metrics import Metrics
 from launcher.quantities import format_size
 from launcher.report.confusion import Confusion
@@ -34,9 +35,6 @@ _LARGEST_AMOUNT = 2**60
 _LONGEST_TEXT = 4000
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_USER_INFO = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
-_SIGNATURE = re.compile(r"(?i)([?&][^=\s&]*(?:signature|credential|token|sig|key)[^=\s&]*=)[^&\s]+")
-_SECRET_NAME = re.compile(r"(?i)token|secret|passw|credential|api_?key|access_?key|private")
 _SIZES = ("memory", "shm", "disk")
 
 
@@ -206,9 +204,7 @@ def _leaf(value: object) -> str:
 
 def _mask(key: str, text: str) -> str:
     """Hides passwords in addresses, signatures in links, and plain variables that are named like secrets."""
-    if key.startswith("env.") and _SECRET_NAME.search(key):
-        return "(hidden: named like a secret)"
-    return _SIGNATURE.sub(r"\1…", _USER_INFO.sub(r"\1:…@", text))
+    return HIDDEN if key.startswith("env.") and names_secret(key) else mask_links(text)
 
 
 def _job(job: Mapping[str, object]) -> Iterator[tuple[str, str]]:

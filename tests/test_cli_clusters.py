@@ -14,6 +14,8 @@ from launcher.cli.app import main
 from launcher.cli.targetsfile import add_target
 from launcher.errors import SpecError
 from launcher.remote import Host
+from tests.cli_tool import cli
+from tests.services.aws import AwsCloud
 from tests.services.slurm import SlurmCluster
 
 Call = Callable[..., tuple[int, str, str]]
@@ -192,6 +194,203 @@ def test_login_opens_the_connection(call: Call, tmp_path: Path, ssh_host: Host) 
 def test_login_to_this_machine_is_needless(call: Call, tmp_path: Path) -> None:
     write_target(tmp_path)
     assert call("login", "hpc") == (0, "", "hpc is on this machine: no login needed\n")
+
+
+# -- SageMaker
+
+ROLE = "arn:aws:iam::123456789012:role/clusters"
+REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/vision/clusters"
+
+
+@pytest.fixture
+def account(aws: AwsCloud, tmp_path: Path) -> AwsCloud:
+    """With the target `aws`, which has all that it needs."""
+    aws.bucket("clusters")
+    aws.role("clusters")
+    aws.serve_image(f"{REGISTRY}:1", image="none")
+    write_aws(tmp_path)
+    return aws
+
+
+def write_aws(folder: Path, **keys: object) -> None:
+    usual = {"backend": "sagemaker", "region": "eu-west-1", "role": ROLE, "output": "s3://clusters/runs"}
+    content = {
+        "datasets": {"shapes": {"default": "s3://clusters/shapes", "desk": "/data"}, "desk-only": {"desk": "/x"}},
+        "targets": {"aws": {**usual, **keys}},
+    }
+    (folder / "targets.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_probe_shows_an_account(call: Call, account: AwsCloud) -> None:
+    account.quota("ml.g5.xlarge", 4)
+    code, out, err = call("targets", "probe", "aws")
+    assert (code, err) == (0, "")
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert words[:7] == [
+        "region eu-west-1",
+        "account 123456789012",
+        "you arn:aws:sts::123456789012:user/moto",
+        f"role {ROLE} (SageMaker may take it)",
+        "output s3://clusters/runs (bucket in eu-west-1)",
+        "log group /aws/sagemaker/TrainingJobs (the first job makes it)",
+        "longest job 28d 00h",
+    ]
+    assert "INSTANCES GPUS ON DEMAND SPOT WARM POOL" in words
+    assert "ml.g5.xlarge 1 × A10G (24 GB) 4 1000 1000" in words
+    assert "Service Quotas checks of quotas yes" in words
+    assert not any(line.startswith(("refused", "note")) for line in words)
+    shown = yaml.safe_load(out[out.index("# targets.yaml") :])
+    assert shown["targets"]["aws"]["role"] == ROLE
+
+
+def test_probe_says_what_an_account_lacks(call: Call, account: AwsCloud, tmp_path: Path) -> None:
+    write_aws(tmp_path, role=f"{ROLE}-none", output="s3://clusters-none/runs", registry=REGISTRY)
+    code, out, _ = call("targets", "probe", "aws")
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert f"role {ROLE}-none (can't be used)" in words
+    assert any(
+        line.startswith("refused role there is no role clusters-none: correct its ARN, or make it: `aws iam")
+        for line in words
+    )
+    assert any(line.startswith("refused output there is no bucket clusters-none") for line in words)
+    said = json.loads(call("targets", "probe", "aws", "--json")[1])
+    assert [(p["thing"], p["fatal"]) for p in said["account"]["problems"]] == [("role", True), ("output", True)]
+    assert said["account"]["trusted"] is False
+    assert said["account"]["quotas"][0]["name"] == "ml.g4dn.xlarge"
+
+
+def test_probe_writes_a_target_of_aws(call: Call, account: AwsCloud, tmp_path: Path) -> None:
+    (tmp_path / "targets.yaml").unlink()
+    code, out, err = call("targets", "probe", "lab", "--region", "us-east-1", "--write")
+    assert code == 0, err
+    assert "    # role: arn:aws:iam::ACCOUNT:role/NAME\n    # output: s3://BUCKET/runs\n" in out
+    assert err == f"added to {tmp_path}/targets.yaml; it still lacks `role` and `output`\n"
+    written = yaml.safe_load((tmp_path / "targets.yaml").read_text())
+    assert written == {"targets": {"lab": {"backend": "sagemaker", "region": "us-east-1"}}}
+
+
+AWS_OFFLINE: dict[str, tuple[dict[str, str], int, str]] = {
+    "no credentials": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, 4, "credentials"),
+    "no network": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 6, "did not answer"),
+    "no region": ({"AWS_REGION": "", "AWS_DEFAULT_REGION": ""}, 2, "nothing says which region target 'aws' is in"),
+    "no such profile": ({"AWS_PROFILE": "nobody"}, 2, "the AWS profile 'nobody' is not in ~/.aws"),
+}
+
+
+@pytest.mark.parametrize("variables, exit_code, words", AWS_OFFLINE.values(), ids=AWS_OFFLINE)
+def test_an_account_that_can_not_be_asked(
+    call: Call,
+    account: AwsCloud,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    exit_code: int,
+    words: str,
+) -> None:
+    write_aws(tmp_path, region=None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    code, out, err = call("targets", "probe", "aws")
+    assert (code, out, err.count("\n")) == (exit_code, "", 1)
+    assert words in err
+    assert err.startswith("cvlaunch: ")
+
+
+def test_policies_are_printed(call: Call, account: AwsCloud, tmp_path: Path) -> None:
+    code, out, err = call("targets", "policy", "aws", "--secret", "secretsmanager:wandb#key")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert list(found) == ["submitter", "role", "trust"]
+    for name in found:
+        assert json.loads(call("targets", "policy", "aws", "--of", name)[1])["Version"] == "2012-10-17"
+    role = {statement["Sid"]: statement["Resource"] for statement in found["role"]["Statement"]}
+    assert role["Secrets"] == ["arn:aws:secretsmanager:eu-west-1:123456789012:secret:wandb-??????"]
+    assert role["DataObjects"] == ["arn:aws:s3:::clusters/shapes/*"]
+    write_aws(tmp_path, role=None, output=None)
+    code, out, err = call("targets", "policy", "aws", "--of", "submitter")
+    assert (code, err.splitlines()) == (0, [
+        "the target has no role: put yours where it says REPLACE-ME",
+        "the target has no output: put yours where it says REPLACE-ME",
+    ])  # fmt: skip
+    assert "arn:aws:iam::*:role/REPLACE-ME" in out
+    assert "arn:aws:s3:::replace-me/*" in out
+    assert account.calls == ()
+
+
+WRONG = {
+    "options of another backend": (("targets", "policy", "aws", "--user", "ada"), "are for clusters of Kubernetes"),
+    "of is for SageMaker": (("targets", "policy", "kubernetes", "--of", "role"), "are for targets of SageMaker"),
+    "secret": (("targets", "policy", "aws", "--secret", "env:X"), "--secret: 'env:X' is no reference"),
+    "set up": (
+        ("targets", "setup", "aws"),
+        "aws: there is nothing to set up in SageMaker: `cvlaunch targets probe aws`",
+    ),
+    "probe both": (("targets", "probe", "--region", "x", "--context", "y"), "--profile and --region are for SageMaker"),
+    "probe slurm": (("targets", "probe", "aws", "--run-job"), "are for clusters of SLURM"),
+}
+
+
+@pytest.mark.parametrize("arguments, words", WRONG.values(), ids=WRONG)
+def test_what_makes_no_sense_with_sagemaker(call: Call, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    write_aws(tmp_path)
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_login_with_keys_asks_who_that_is(call: Call, account: AwsCloud) -> None:
+    code, _, err = call("login", "aws")
+    assert (code, err.splitlines()) == (0, [
+        "there is nothing to log in to: the identity is the keys in AWS_ACCESS_KEY_ID and its like",
+        "region eu-west-1: you are arn:aws:sts::123456789012:user/moto",
+    ])  # fmt: skip
+    account.expire(account.access_key)
+    code, _, err = call("login", "aws")
+    assert code == 4
+    assert "AWS does not take the keys in AWS_ACCESS_KEY_ID and its like (An error occurred (ExpiredToken)" in err
+    assert err.endswith(": set new ones\n")
+
+
+def sso_profile(call_aws: str, folder: Path, account: AwsCloud, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """call_aws: what the program `aws` does. botocore looks for the log-in's cache in the home that it began with."""
+    account.sign_in(home, "lab", role="clusters")
+    write_aws(folder, profile="lab")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (folder / "bin").mkdir()
+    if call_aws:
+        (folder / "bin/aws").write_text(f"#!/bin/sh\n{call_aws}\n")
+        (folder / "bin/aws").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+
+
+SIGN_INS = {
+    "it works": (
+        "echo program: $*",
+        0,
+        "region eu-west-1, profile lab: you are arn:aws:sts::123456789012:assumed-role/clusters/",
+    ),
+    "it fails": ("exit 3", 4, "`aws sso login --profile lab` ended with code 3"),
+    "it is not there": ("", 2, "`aws sso login --profile lab` needs AWS's own program: pip install awscli"),
+}
+
+
+@pytest.mark.parametrize("program, exit_code, words", SIGN_INS.values(), ids=SIGN_INS)
+def test_login_by_sso_runs_aws(
+    account: AwsCloud,
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    exit_code: int,
+    words: str,
+) -> None:
+    sso_profile(program, tmp_path, account, monkeypatch, home)
+    done = cli("login", "aws", cwd=tmp_path)
+    assert done.returncode == exit_code, done.stderr
+    assert words in done.stderr
+    assert done.stdout == ("program: sso login --profile lab\n" if exit_code == 0 else "")
 
 
 # -- targets.yaml

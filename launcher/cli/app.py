@@ -49,7 +49,7 @@ SECTIONS = {
     "Places": {
         "targets": ("places:targets", "List, show and set up the places to run jobs."),
         "shm": ("shm:shm", "Look at and set /dev/shm of what is in a cluster already."),
-        "login": ("clusters:login", "Open the connection to a cluster that asks for a password."),
+        "login": ("clusters:login", "Open the way to a cluster or an account that wants somebody to log in."),
         "backends": ("places:backends", "Show what each platform can do."),
         "templates": ("places:templates", "Show a platform's template, or copy it to change it."),
         "completion": ("writing:completion", "Print the completion script of a shell."),

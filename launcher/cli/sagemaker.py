@@ -124,11 +124,7 @@ def probe(name: str | None, target: SageMakerTarget, *, write: bool, out: Out) -
 
     name = name or _name(target.profile)
     found = look_at(Account(target.access, name), target)
-    keys = {
-        "backend": "sagemaker",
-        **target.model_dump(include=target.model_fields_set, exclude={"backend", "storage"}),
-    }
-    keys |= as_target(found, profile=target.profile)
+    keys = as_target(found, target)
     if out.as_json:
         out.document({"account": dataclasses.asdict(found), "target": {name: keys}})
     else:

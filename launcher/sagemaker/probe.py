@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 _AT_ONCE = 8
+_HIDDEN = "it can't be looked at"
 _MANIFESTS = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -137,7 +138,7 @@ def _answer(key: str, question: Callable[[], Iterable[Problem]]) -> list[Problem
     except SpecError as error:
         found.append(Problem(key, str(error)))
     except CvlaunchError as error:
-        found.append(Problem(key, f"it can't be looked at: {error}", fatal=False))
+        found.append(Problem(key, f"{_HIDDEN}: {error}", fatal=False))
     return found
 
 
@@ -347,7 +348,7 @@ class _Look:
                 yield Problem(key, f"{what}: the type may not be offered there", fatal=False)
 
 
-_PUSH = "cvlaunch image push IMAGE {}"
+_PUSH = "`cvlaunch image push IMAGE {}`"
 
 
 def _command(account: Account, *words: str) -> str:
@@ -458,7 +459,7 @@ def _no_image(image: EcrImage, reference: str, account: Account) -> str:
     registry = f"{image.account}.dkr.ecr.{image.region}.amazonaws.com/{image.repository}"
     words = ("ecr", "list-images", "--repository-name", image.repository)
     return (
-        f"there is no {reference}: push it: `{_PUSH.format(registry)}`; {_command(account, *words)} lists what is there"
+        f"there is no {reference}: push it: {_PUSH.format(registry)}; {_command(account, *words)} lists what is there"
     )
 
 
@@ -624,7 +625,7 @@ def probe(account: Account, target: SageMakerTarget) -> Probe:
         account=look.caller.account,
         user=look.caller.arn,
         role=target.role,
-        trusted=None if any(p.thing == "role" and not p.fatal for p in problems) else _none(problems, "role"),
+        trusted=_trusted(problems),
         output=target.output,
         bucket_region=region.result(),
         log_group=LOG_GROUP,
@@ -645,8 +646,12 @@ def _of_target(look: _Look) -> dict[str, Callable[[], Iterable[Problem]]]:
     }
 
 
-def _none(problems: Sequence[Problem], thing: str) -> bool:
-    return not any(problem.thing == thing for problem in problems)
+def _trusted(problems: Sequence[Problem]) -> bool | None:
+    """Of what `role` found; what the role itself may do is a note."""
+    of_role = [problem for problem in problems if problem.thing == "role"]
+    if any(problem.fatal for problem in of_role):
+        return False
+    return None if any(problem.message.startswith(_HIDDEN) for problem in of_role) else True
 
 
 def _no_output() -> Iterator[Problem]:
@@ -729,6 +734,9 @@ def _no_gpus(there: Mapping[str, _ServiceQuota] | None, target: SageMakerTarget,
 _FIRST_TYPE = "ml.g5.xlarge"
 
 
-def as_target(found: Probe, *, profile: str | None) -> dict[str, object]:
-    """Keys of a target; `role` and `output` are somebody's to name."""
-    return {"backend": "sagemaker", "region": found.region, **({"profile": profile} if profile else {})}
+def as_target(found: Probe, target: SageMakerTarget) -> dict[str, object]:
+    """Keys of a target: what is written in this one, and where it was found to be."""
+    written = target.model_dump(
+        include=target.model_fields_set, exclude={"backend", "storage"}, exclude_none=True, mode="json"
+    )
+    return {"backend": target.backend, "region": found.region, **written}

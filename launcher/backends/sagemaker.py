@@ -149,6 +149,7 @@ class SageMakerBackend:
         _check_features(job, isolated=self.target.network_isolation)
         request = json.loads(text)
         check_request(request)
+        _check_found_again(request, str(request["TrainingJobName"]))
         return Remarks(
             notes=tuple(_costs(request)),
             warnings=(*_warnings(job, request, self.target), *doubts(request)),
@@ -449,7 +450,11 @@ def _at_most(names: Sequence[str], count: int, request: Json) -> Iterator[str]:
         most = max(prices) * count * longest / 3600
         limit = format_duration(longest)
         cheaper = "; spot costs less" if request.get("EnableManagedSpotTraining") else ""
-        yield f"cost: at most about ${math.ceil(most)} if it runs until SageMaker's limit, {limit}{cheaper}"
+        amount = f"{most:.2f}" if most < _CENTS_BELOW else f"{math.ceil(most)}"
+        yield f"cost: at most about ${amount} if it runs until SageMaker's limit, {limit}{cheaper}"
+
+
+_CENTS_BELOW = 10
 
 
 def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
             "files": [],
             "outputs": [dataclasses.asdict(output) for output in outputs],
             "notes": list(found.notes),
-            "unpinned": [f"data.{channel.name}: no manifest" for channel in job.channels if not channel.fingerprint],
+            "unpinned": list(_unpinned(job, elsewhere=found.elsewhere is not None)),
             "warnings": [],
         },
         job={
@@ -81,6 +82,14 @@ def _run_id(name: str, job: Elsewhere) -> str:
     """The same for all who take it in, and sorted by the time when it was made."""
     number = int(hashlib.sha256(job.id.encode()).hexdigest(), 16)
     return new_run_id(name, now=job.created, randomness=number)
+
+
+def _unpinned(job: JobFile, *, elsewhere: bool) -> Iterator[str]:
+    yield from (f"data.{channel.name}: no manifest" for channel in job.channels if not channel.fingerprint)
+    if job.image and not (job.image.get("digest") or job.image.get("config_digest")):
+        yield f"image: {job.image['reference']} is not pinned"
+    if elsewhere:
+        yield "code: nobody knows what it ran"
 
 
 def _output(written: str, reached_by: str | None) -> str:

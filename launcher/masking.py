@@ -8,7 +8,7 @@ __all__ = ["HIDDEN", "mask_links", "names_secret"]
 
 HIDDEN = "(hidden: named like a secret)"
 
-_NAME = re.compile(r"(?i)token|secret|passw|credential|api_?key|access_?key|private")
+_NAME = re.compile(r"(?i)token|secret|passw|credential|api[_-]?key|access[_-]?key|private")
 _USER_INFO = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 _SIGNATURE = re.compile(r"(?i)([?&][^=\s&]*(?:signature|credential|token|sig|key)[^=\s&]*=)[^&\s]+")
 

@@ -226,7 +226,7 @@ def _notes(outputs: Sequence[Output], sent: Json) -> tuple[str, ...]:
         if value == HIDDEN
     )
     says = ["made without cvlaunch: status, logs, sync and cancel know it; it can't be sent again, nor deleted"]
-    says += [f"its {output.into} stands in {output.uri}" for output in outputs[1:]]
+    says += [f"{output.into}: {output.uri}" for output in outputs[1:]]
     says += [f"not kept, because named like secrets: {', '.join(hidden)}"] if hidden else []
     return tuple(says)
 

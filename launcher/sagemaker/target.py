@@ -74,7 +74,7 @@ class SageMakerTarget(BaseTarget):
         endpoints = values.get("endpoints")
         s3 = endpoints.get("s3") if isinstance(endpoints, dict) else None
         known = {"profile": values.get("profile"), "region": values.get("region"), "endpoint": s3}
-        inherited = {key: value for key, value in known.items() if value is not None}
+        inherited = {key: value for key, value in known.items() if isinstance(value, str)}
         return {**values, "storage": {**inherited, **values.get("storage", {})}} if inherited else values
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import time
 import urllib.error
@@ -17,6 +18,7 @@ import botocore.tokens
 import pytest
 from botocore.config import Config
 
+from launcher.stores import StorageOptions, open_store
 from tests.services.aws import REGION, AwsCloud, AwsError
 
 Json = dict[str, Any]
@@ -296,6 +298,22 @@ def test_a_bucket_elsewhere_is_a_redirection(scripted: AwsCloud) -> None:
     assert [call.status for call in scripted.calls][-2:] == [301, 404]
     where = boto3.client("s3").head_bucket(Bucket="distant")["ResponseMetadata"]["HTTPHeaders"]["x-amz-bucket-region"]
     assert where == "us-east-1"
+
+
+def test_objects_travel_whole(scripted: AwsCloud) -> None:
+    s3, data = boto3.client("s3"), bytes(range(256)) * 40_000
+    s3.upload_fileobj(io.BytesIO(data), "runs", "big")
+    s3.put_object(Bucket="runs", Key="once", Body=b"1", IfNoneMatch="*")
+    assert refused(s3.put_object, Bucket="runs", Key="once", Body=b"2", IfNoneMatch="*")[0] == "PreconditionFailed"
+    assert s3.get_object(Bucket="runs", Key="big")["Body"].read() == data
+    assert s3.head_object(Bucket="runs", Key="big")["ContentLength"] == len(data)
+    assert s3.get_object(Bucket="runs", Key="big", Range="bytes=0-3")["Body"].read() == data[:4]
+    assert [entry.size for entry in scripted.account.objects("s3://runs/")] == [len(data), 1]
+    store = open_store("s3://runs/folder", StorageOptions(endpoint=scripted.endpoint, region=REGION))
+    store.write("a/b", b"c")
+    assert store.read("a/b") == b"c" and [entry.path for entry in store.list()] == ["a/b"]
+    asked = {call.operation for call in scripted.calls}
+    assert {"CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "HeadObject", "PutObject"} <= asked
 
 
 def test_pages_of_logs(scripted: AwsCloud) -> None:

@@ -91,10 +91,11 @@ name {name} already exists"
 
     def _stop_job(self, body: Json, region: str) -> Json:
         job = self._jobs.get(body["TrainingJobName"], region)
-        if job.over:
-            text = f"The request was rejected because the training job is in status {job.status}."
-            raise AwsError("ValidationException", text)
-        self._stop(job)
+        with job.lock:
+            if job.over:
+                text = f"The request was rejected because the training job is in status {job.status}."
+                raise AwsError("ValidationException", text)
+            self._stop(job)
         return {}
 
     def _delete(self, body: Json, region: str) -> Json:

@@ -69,7 +69,8 @@ class Server:
             answer = Answer(200, json.dumps(read()).encode(), {"Content-Type": "application/json"})
         else:
             answer = self._recorded(environ)
-        headers = {"Content-Length": str(len(answer.body)), "x-amzn-RequestId": str(uuid.uuid4()), **answer.headers}
+        headers = {"content-length": str(len(answer.body)), "x-amzn-requestid": str(uuid.uuid4())}
+        headers |= {name.lower(): value for name, value in answer.headers.items()}
         start_response(f"{answer.status} -", [*headers.items()])
         return [answer.body]
 

@@ -82,7 +82,7 @@ def _mounted_code(source: JobSource) -> Path | None:
     """Where no store is reached, the run's `input/` is mounted, with config/job.json and code.tar.gz."""
     if source.job.movers.get("output") != "platform" or scheme(source.place) != "file":
         return None
-    return path_of(source.place).absolute().parents[1] / Path(contract.CODE).name
+    return path_of(source.place).absolute().parent.parent / Path(contract.CODE).name
 
 
 def _within_grace_given(job: JobFile, environ: Mapping[str, str]) -> JobFile:

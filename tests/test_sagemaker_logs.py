@@ -17,6 +17,7 @@ from launcher.backends.base import LogLine
 from launcher.errors import AuthError, SpecError, UnreachableError
 from launcher.sagemaker.client import Access, Account
 from launcher.sagemaker.logs import GROUP, run_logs
+from launcher.stores import open_store
 from tests.log_lines import (
     NOON,
     ONE,
@@ -33,6 +34,7 @@ from tests.log_lines import (
     tagged,
     texts,
 )
+from tests.runner_world import RunnerWorld, python
 from tests.services.aws import AwsCloud
 
 END = tagged("SUCCEEDED, exit code 0", 4, "-")
@@ -68,7 +70,7 @@ def streams(aws: AwsCloud) -> Iterator[Streams]:
 
 @pytest.fixture
 def account(aws: AwsCloud) -> Account:
-    return Account(Access(region=aws.region, endpoints={"logs": aws.endpoint}))
+    return Account(Access(region=aws.region, endpoints={"logs": aws.endpoint}), sleep=lambda _: None)
 
 
 @pytest.fixture
@@ -345,6 +347,22 @@ def test_lines_that_appear_after_the_end(streams: Streams, read: Read, folder: F
     assert folder.asked == 0
 
 
+def test_what_a_real_runner_prints(streams: Streams, account: Account, tmp_path: Path) -> None:
+    """Its hello and its last word are known: nobody waits, and the store, which has the same places, is not read."""
+    world = RunnerWorld(tmp_path / "world")
+    for attempt, code in enumerate(("print('one'); checkpoint(1); sys.exit(75)", "print('two')"), 1):
+        ended = world.end(world.job(python(code)), env={"CVLAUNCH_LOG": "tagged", "CVLAUNCH_ATTEMPT": str(attempt)})
+        streams.say(*ended.output.splitlines(), epoch=attempt)
+    store = Folder(open_store(str(world.run)))
+    slept: list[float] = []
+    lines = list(run_logs(account, streams.job, store, ended=Story(wait).ended, sleep=slept.append))
+    assert [(line.text, line.attempt) for line in lines if line.rank == "0"] == [("one", 1), ("two", 2)]
+    assert store.asked == 0
+    assert len(slept) == 1
+    streams.forget()
+    assert list(run_logs(account, streams.job, store)) == lines
+
+
 def test_the_end_of_a_runner_that_was_killed(streams: Streams, read: Read, folder: Folder) -> None:
     """Its last lines may be in either place; nobody waits for long."""
     for in_cloudwatch, in_store in ((ONE, ONE[:4]), (ONE[:4], ONE), (ONE, ONE)):
@@ -470,8 +488,9 @@ def test_a_service_that_is_away(streams: Streams, read: Read) -> None:
     """A follower bears it for a while; whoever asks once is told."""
     streams.say(*ONE[:6])
 
-    def away(times: int) -> Callable[[], None]:
-        return lambda: streams.aws.fail("GetLogEvents", "ServiceUnavailableException", "later", times=times)
+    def away(looks: int) -> Callable[[], None]:
+        """A look asks ten times."""
+        return lambda: streams.aws.fail("GetLogEvents", "ServiceUnavailableException", "later", times=10 * looks)
 
     found = followed(read, away(2), wait, wait, away(3), lambda: streams.say(*ONE[6:]), *[wait] * 4, page=3)
     assert texts(found) == texts(parsed(ONE))

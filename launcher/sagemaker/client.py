@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +30,17 @@ __all__ = ["Access", "Account", "Json", "MissingError", "Quota", "quota_of"]
 Json = dict[str, Any]
 
 _ATTEMPTS = 10
-"""Of a call that is throttled or meets a server's error; botocore waits 0 to 20 s between two (jitter)."""
+"""Of a call that is throttled or meets a server's error.
+
+botocore's own repetitions are not used: after some hundreds of them a client of it repeats nothing any more.
+"""
+_SILENT_ATTEMPTS = 4
+"""Of a call that nobody answers, each of which may take a minute."""
 _HASTY_ATTEMPTS = 3
+_LONGEST_PAUSE_S = 20.0
+
+_EVERY_S: Mapping[str, float] = {"list_training_jobs": 0.5}
+"""What an account as a whole may ask that often: https://docs.aws.amazon.com/general/latest/gr/sagemaker.html"""
 _CONNECT_S, _READ_S = 10, 60
 
 _THROTTLED = (
@@ -41,7 +52,9 @@ _THROTTLED = (
 _AWAY = (
     "InternalFailure InternalServerError InternalError ServiceUnavailable ServiceUnavailableException RequestTimeout"
 )
-_EXPIRED = "ExpiredToken ExpiredTokenException RequestExpired TokenRefreshRequired"
+_EXPIRED = "ExpiredToken ExpiredTokenException TokenRefreshRequired"
+_SKEWED = "RequestTimeTooSkewed RequestExpired RequestInTheFuture"
+_SKEWED_WORDS = re.compile(r"signature (expired|not yet current)", re.IGNORECASE)
 _UNKNOWN = (
     "UnrecognizedClientException InvalidClientTokenId InvalidAccessKeyId SignatureDoesNotMatch AuthFailure "
     "InvalidSignatureException IncompleteSignature MissingAuthenticationToken NotAuthorized"
@@ -77,8 +90,16 @@ class MissingError(Exception):
     """What a call asks for is not there."""
 
 
-class _ExpiredError(AuthError):
+class _StaleError(AuthError):
     """Newer credentials may be there."""
+
+
+class _DoubtError(UnreachableError):
+    """It may have taken effect."""
+
+
+class _SilentError(_DoubtError):
+    """Nobody has answered."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +119,29 @@ class Quota:
 class Account:
     """Nothing is asked before the first call; clients are kept. Threads may share it.
 
-    name: of the target, for messages.
+    name: of the target, for messages. clock, sleep: seconds, of pauses between calls.
     """
 
-    def __init__(self, access: Access, name: str = "", *, attempts: int = _ATTEMPTS) -> None:
+    def __init__(
+        self,
+        access: Access,
+        name: str = "",
+        *,
+        attempts: int = _ATTEMPTS,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._access, self._name, self._attempts = access, name, attempts
+        self._clock, self._sleep = clock, sleep
         self._clients: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._next: dict[str, float] = {}
         self.calls = 0
-        """Made so far, without botocore's repetitions; each page counts."""
+        """Made so far, without repetitions; each page counts."""
 
     def hasty(self) -> Account:
         """The same identity, which soon gives up: for questions that nothing hangs on."""
-        found = Account(self._access, self._name, attempts=_HASTY_ATTEMPTS)
+        found = Account(self._access, self._name, attempts=_HASTY_ATTEMPTS, clock=self._clock, sleep=self._sleep)
         found._session = self._session  # a second one might ask for a second code of somebody's MFA
         return found
 
@@ -157,7 +188,7 @@ class Account:
         from botocore.exceptions import BotoCoreError
 
         config = Config(
-            retries={"mode": "standard", "max_attempts": self._attempts},
+            retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=_CONNECT_S,
             read_timeout=_READ_S,
             user_agent_extra="cvlaunch",
@@ -180,11 +211,63 @@ class Account:
 
         MissingError if what it names is not there. UnreachableError may mean that it took effect all the same.
         """
-        client = self.client(service)
+        self.calls += 1
+        doubt: _DoubtError | None = None
+        pauses, silences, renewed = _pauses(self._attempts), 0, False
+        while True:
+            client = self.client(service)
+            self._wait_turn(operation)
+            try:
+                return self._once(client, service, operation, parameters)
+            except UnreachableError as error:
+                if isinstance(error, _DoubtError):
+                    doubt = error
+                silences += isinstance(error, _SilentError)
+                if (pause := next(pauses, None)) is None or silences == _SILENT_ATTEMPTS:
+                    raise
+                self._sleep(pause)
+            except (AuthError, CapacityError) as error:
+                if isinstance(error, _StaleError) and not renewed and self._renew(client, service):
+                    renewed = True
+                elif doubt:  # this no does not tell what became of the call before
+                    raise UnreachableError(f"{doubt}; and then: {error}") from error
+                else:
+                    raise
+
+    def _wait_turn(self, operation: str) -> None:
+        """Whoever else asks, too: threads stand in one line."""
+        if (pause := _EVERY_S.get(operation)) is None:
+            return
+        with self._lock:
+            now = self._clock()
+            turn = max(now, self._next.get(operation, now))
+            self._next[operation] = turn + pause
+        if turn > now:
+            self._sleep(turn - now)
+
+    def _renew(self, client: Any, service: str) -> bool:
+        """Whether there are other keys now, such as somebody has written into ~/.aws/credentials meanwhile.
+
+        Roles and logins renew theirs themselves; to ask for one again may mean to ask for a code of somebody's MFA.
+        """
+        with self._lock:
+            if self._clients.get(service) is not client:  # another thread was faster
+                return True
+            used = self._session.get_credentials()
+            if used is None or hasattr(used, "refresh_needed"):
+                return False
+            fresh = session(self.profile, self._access.region)
+            found = fresh.get_credentials()
+            if found is None or found.get_frozen_credentials() == used.get_frozen_credentials():
+                return False
+            self._session = fresh
+            self._clients.clear()
+            return True
+
+    def _once(self, client: Any, service: str, operation: str, parameters: Json) -> Json:
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
-        self.calls += 1
         try:
             answer: Json = getattr(client, operation)(**parameters)
         except ClientError as error:
@@ -192,7 +275,8 @@ class Account:
         except BotoCoreError as error:
             raise self._trouble(error, service) from error
         except ResponseParserError as error:
-            raise UnreachableError(f"what answers for AWS ({service}, {self.where}) is not AWS: {error}") from error
+            text = f"what answers for AWS ({service}, {self.where}) is not AWS: {error}"
+            raise _SilentError(text) from error
         return answer
 
     def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[Json]:
@@ -211,8 +295,14 @@ class Account:
         kind = type(error).__name__
         if kind == "ParamValidationError":
             return SpecError(f"{str(error).splitlines()[-1]}: correct it", key="overlay")
+        if kind == "SSLError" and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return SpecError(
+                f"the certificate of AWS ({service}, {self.where}) is not trusted here: {error}: name the authority "
+                "of whoever answers for it",
+                key="storage.ca_bundle",
+            )
         if kind in _SILENT.split():
-            return UnreachableError(f"AWS ({service}, {self.where}) did not answer: {error}: try again")
+            return _SilentError(f"AWS ({service}, {self.where}) did not answer: {error}: try again")
         return translated(error, self.profile)
 
     def _refusal(self, error: Any) -> CvlaunchError | MissingError:
@@ -221,16 +311,19 @@ class Account:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
         if code in _MISSING.split() or (code == "ValidationException" and _NOT_FOUND.search(message)):
             return MissingError(message)
+        if code in _SKEWED.split() or _SKEWED_WORDS.search(message):
+            return AuthError(f"the clock of this machine is wrong, says AWS ({code}: {message}): set it")
         if code in _EXPIRED.split():
-            return _ExpiredError(f"the AWS credentials of this machine have expired: {self._login}")
+            return _StaleError(f"the AWS credentials of this machine have expired: {self._login}")
         if code in _UNKNOWN.split():
-            return AuthError(f"AWS does not know these credentials ({code}: {message}): {self._login}")
+            return _StaleError(f"AWS does not know these credentials ({code}: {message}): {self._login}")
         if code in _DENIED.split():
             return AuthError(self._denied(error.operation_name, message))
         if code in _THROTTLED.split():
             return UnreachableError(f"AWS asks for patience ({error.operation_name}: {message}): try again later")
         if code in _AWAY.split() or status >= 500:
-            return UnreachableError(f"AWS failed ({error.operation_name}: {code} {message}): try again later")
+            text = f"AWS failed ({error.operation_name}: {code} {message}): try again later"
+            return _DoubtError(text)
         if code in _TAKEN.split():
             return ConflictError(message)
         if code == _QUOTA:
@@ -257,6 +350,12 @@ _SILENT = (
     "EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError ConnectionError SSLError "
     "ProxyConnectionError HTTPClientError IncompleteReadError ResponseStreamingError"
 )
+
+
+def _pauses(attempts: int) -> Iterator[float]:
+    """Between them: at most 1, 2, 4, … seconds, so that many who were sent away don't come back together."""
+    for number in range(attempts - 1):
+        yield random.uniform(0, min(2.0**number, _LONGEST_PAUSE_S))  # noqa: S311 nothing secret
 
 
 def _words(error: Any) -> tuple[str, str]:

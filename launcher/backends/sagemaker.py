@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import os.path
@@ -10,6 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
 
 from launcher.backends.base import (
     Adopted,
@@ -26,7 +30,16 @@ from launcher.backends.base import (
     native_name,
 )
 from launcher.contract import RESULT, JobFile
-from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchError, SpecError, UnsupportedError
+from launcher.errors import (
+    AuthError,
+    CapacityError,
+    ConflictError,
+    CvlaunchError,
+    SpecError,
+    UnreachableError,
+    UnsupportedError,
+    nearest,
+)
 from launcher.quantities import format_duration
 from launcher.rules import RULES, ContainerRules
 from launcher.sagemaker import words
@@ -64,17 +77,18 @@ __all__ = ["SageMakerBackend"]
 _MOVERS = {"checkpoints": "platform", "model": "platform", "output": "runner"}
 _ISOLATED = {**_MOVERS, "output": "platform"}
 _GRACE_S = RULES["sagemaker"].grace_s or 0.0
+_LONGEST_RUN_S = 28 * 24 * 3600
 
 _PAGE = 100
-_PACE_S = 0.5
-"""Between two pages: SageMaker lists twice a second for a whole account."""
+_WORTH_A_PAGE = 10
+"""Runs that one page is asked for; to describe fewer is quicker, however many jobs of others have such names."""
 _PAGES = 50
 """Of 100 jobs, the newest first; what is older is asked for by its name."""
 _AT_ONCE = 4
-_SUFFIX = re.compile(r"-[0-9a-z]{10}(-\d+)?$")
+_SUFFIX = re.compile(r"-[0-9a-z]{10}(-(?P<submission>\d+))?$")
 """What follows the slug in a run id of ours."""
 
-_ECR = re.compile(r"\d{12}\.dkr\.ecr(-fips)?\.[a-z0-9-]+\.amazonaws\.com(\.cn)?/.+")
+_ECR = re.compile(r"\d{12}\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/.+")
 _OVER = re.compile(r"status (Completed|Failed|Stopped|Stopping)|already|in a terminal", re.IGNORECASE)
 """What StopTrainingJob says of a job that needs no stopping."""
 
@@ -97,7 +111,6 @@ class SageMakerBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = False
     doubt_s: ClassVar[float] = 60.0
-    check_first: ClassVar[bool] = False
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),
         Feature.MULTI_NODE: Support(True),
@@ -123,12 +136,16 @@ class SageMakerBackend:
     placeholders: ClassVar[Mapping[str, str]] = {"role": ROLE, "output": "s3://REPLACE-ME/runs"}
 
     def __init__(
-        self, target: SageMakerTarget, target_name: str, *, sleep: Callable[[float], None] = time.sleep
+        self,
+        target: SageMakerTarget,
+        target_name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.target = target
         self.target_name = target_name
-        self._account = Account(target.access, target_name)
-        self._sleep = sleep
+        self._account = Account(target.access, target_name, clock=clock, sleep=sleep)
         self._runners: dict[str, bool] = {}
 
     @property
@@ -148,8 +165,11 @@ class SageMakerBackend:
         """What SageMaker would refuse, by our tables; what was chosen, and what it may cost."""
         _check_features(job, isolated=self.target.network_isolation)
         request = json.loads(text)
-        check_request(request)
-        _check_found_again(request, str(request["TrainingJobName"]))
+        try:
+            check_request(request)
+            _check_found_again(request, str(request["TrainingJobName"]))
+        except SpecError as error:
+            raise _at_change(error, job, self.target) from None
         return Remarks(
             notes=tuple(_costs(request)),
             warnings=(*_warnings(job, request, self.target), *doubts(request)),
@@ -157,6 +177,11 @@ class SageMakerBackend:
         )
 
     def check(self, job: Job) -> Iterator[Problem]:
+        """Whether SageMaker can be asked from here; it says the rest itself, when it is sent the job."""
+        self._account.client("sagemaker")
+        yield from ()
+
+    def examine(self, job: Job) -> Iterator[Problem]:
         """Account, role, bucket, image and quota: each of them asked for."""
         from launcher.sagemaker.probe import Asked, check_job
 
@@ -191,12 +216,22 @@ class SageMakerBackend:
             if quota := quota_of(str(error)):
                 raise CapacityError(quota_remedy(self._account, quota)) from error
             raise
+        except MissingError as error:  # a subnet, a key, a bucket
+            refused = SpecError(f"AWS refuses it (CreateTrainingJob): {error}")
+            raise _at_key(refused, request, self.target) from error
+        except SpecError as error:
+            raise _at_key(error, request, self.target) from error
         return self._handle(name)
 
     def _adopt_own(self, name: str, plan: Plan) -> None:
         """ConflictError unless the job of this name is what we wanted to send."""
-        job = self._describe(name)
-        tags = self._tags(job) if job else {}
+        try:
+            job = self._describe(name)
+            tags = self._tags(job) if job else {}
+        except AuthError as error:
+            raise UnreachableError(
+                f"there is a training job {name}, and whether it is this run can't be seen: {error}"
+            ) from error
         if tags.get(RUN) != plan.run_id or tags.get(PLAN_SHA) != plan.plan_sha:
             raise ConflictError(
                 f"{self._account.where} has another training job {name}; choose another --run-id, or delete that one"
@@ -228,12 +263,19 @@ class SageMakerBackend:
         run_id = own_run_id(job, tags)
         if not run_id:
             return adopt_foreign(self._handle(name), job, tags, account=self._account)
-        handle = self.find([run_id]).get(run_id) if name == run_id else None
-        if handle and handle.native != name:
-            newest = self._describe(handle.native)
-            job, tags = (newest, self._tags_if_allowed(newest)) if newest else (job, tags)
+        if name == run_id:
+            job = self._newest_job(run_id) or job
         handle = self._handle(job["TrainingJobName"])
+        tags = tags if handle.native == name else self._tags_if_allowed(job)
         return adopt_own(handle, job, tags, store=self._store(job), account=self._account)
+
+    def _newest_job(self, run_id: str) -> Json | None:
+        """Of the run's submissions; None where nobody may look for them."""
+        try:
+            found = self.find([run_id]).get(run_id)
+        except AuthError:
+            return None
+        return self._describe(found.native) if found else None
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -243,13 +285,18 @@ class SageMakerBackend:
         listed = self._listed(names)
         asked = [name for name in names if name not in listed or words.summary_status(listed[name]).state.terminal]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            described = dict(zip(asked, pool.map(self._status, asked), strict=True))
-        return {
-            handle: described.get(handle.native) or words.summary_status(listed[handle.native]) for handle in handles
-        }
+            found = pool.map(lambda name: self._status(name, listed.get(name)), asked)
+            described = dict(zip(asked, found, strict=True))
+        return {handle: described.get(handle.native) or _by_summary(listed[handle.native]) for handle in handles}
 
-    def _status(self, name: str) -> Status:
-        job = self._describe(name)
+    def _status(self, name: str, listed: Json | None = None) -> Status:
+        """listed: what is said while AWS has no time for more, lest the others' ends are lost with this one's."""
+        try:
+            job = self._describe(name)
+        except UnreachableError as error:
+            if listed is None:
+                raise
+            return dataclasses.replace(_by_summary(listed), state=State.FINALIZING, reason=str(error))
         if job is None:
             return Status(State.UNKNOWN, native="gone", reason=f"{self._account.where} has no training job {name}")
         return words.status_of(job, self._result(job), submission=submission_of(job))
@@ -264,21 +311,19 @@ class SageMakerBackend:
 
     def _newest(self, names: set[str]) -> dict[str, Json]:
         found: dict[str, Json] = {}
-        for job in self._pages(_common(names)):
+        for job in self._pages(_common(names), most=1 + len(names) // _WORTH_A_PAGE):
             if job["TrainingJobName"] in names:
                 found[job["TrainingJobName"]] = job
             if len(found) == len(names):
                 break
         return found
 
-    def _pages(self, part: str) -> Iterator[Json]:
-        """Jobs with `part` in their names, the newest first; at our pace."""
+    def _pages(self, part: str, most: int = _PAGES) -> Iterator[Json]:
+        """Jobs with `part` in their names, the newest first."""
         filters: Json = {"SortBy": "CreationTime", "SortOrder": "Descending", "MaxResults": _PAGE}
         filters |= {"NameContains": part} if part else {}
         token: Json = {}
-        for number in range(_PAGES):
-            if number:
-                self._sleep(_PACE_S)
+        for _ in range(min(most, _PAGES)):
             answer = self._account.call("sagemaker", "list_training_jobs", **filters, **token)
             yield from answer["TrainingJobSummaries"]
             if not answer.get("NextToken"):
@@ -385,6 +430,12 @@ def _groups(names: Iterable[str]) -> list[set[str]]:
     return list(groups.values())
 
 
+def _by_summary(job: Json) -> Status:
+    """The submission stands in its name alone; a name that somebody has chosen may end so by itself."""
+    found = _SUFFIX.search(job["TrainingJobName"])
+    return dataclasses.replace(words.summary_status(job), attempt=int((found and found["submission"]) or 1))
+
+
 def _common(names: Collection[str]) -> str:
     return os.path.commonprefix(sorted(names))  # noqa: RUF071 characters are what is meant
 
@@ -417,6 +468,58 @@ def _check_found_again(request: Json, run_id: str) -> None:
         )
 
 
+def _at_change(error: SpecError, job: Job, target: SageMakerTarget) -> SpecError:
+    """At what changed the text, if the key that is wrong is written nowhere."""
+    native = job.spec.native.get(target.backend) is not None
+    if any(_is_written(model, error.key or "") for model in (job.spec, target)) or not _change(target, native=native):
+        return error
+    return SpecError(error.message, key=_change(target, native=native))
+
+
+def _is_written(model: BaseModel, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    if first not in model.model_fields_set:
+        return False
+    inner = getattr(model, first)
+    return _is_written(inner, rest) if rest and isinstance(inner, BaseModel) else True
+
+
+def _change(target: SageMakerTarget, *, native: bool) -> str:
+    """The key by which the user changed the text."""
+    if target.overlay is not None:
+        return "overlay"
+    return f"native.{target.backend}" if native else "templates" if target.templates else ""
+
+
+_CAUSES: Mapping[str, str] = {
+    r"assume role|\bRoleArn\b": "role",
+    r"instance ?type": "instance_types",
+    r"security ?group": "security_groups",
+    r"subnet": "subnets",
+    r"KmsKey|KMS key": "kms_key",
+    r"TrainingImage|\bimage\b|\bECR\b": "image",
+}
+"""What CreateTrainingJob says → the user's key; the first that fits."""
+
+
+def _at_key(error: SpecError, request: Json, target: SageMakerTarget) -> SpecError:
+    """Refusals of CreateTrainingJob at the key of the user that is meant."""
+    if error.key == "overlay":  # botocore knows the member, and nobody where it came from
+        return SpecError(error.message, key=_change(target, native=not target.templates))
+    if error.key:
+        return error
+    channels = request.get("InputDataConfig") or ()
+    places = {_place(channel): f"data.{channel['ChannelName']}" for channel in channels}
+    places[request["OutputDataConfig"]["S3OutputPath"]] = "output"
+    meant = next((key for uri, key in places.items() if uri and uri in error.message), None)
+    said = next((key for pattern, key in _CAUSES.items() if re.search(pattern, error.message, re.IGNORECASE)), None)
+    return SpecError(error.message, key=meant or said)
+
+
+def _place(channel: Json) -> str:
+    return str(channel.get("DataSource", {}).get("S3DataSource", {}).get("S3Uri", ""))
+
+
 def _check_features(job: Job, *, isolated: bool) -> None:
     if job.spec.runner == "none":
         for key, why in _FOREIGN.items():
@@ -427,31 +530,49 @@ def _check_features(job: Job, *, isolated: bool) -> None:
         why = "nothing is reached under network_isolation, so nobody can fetch it"
         raise UnsupportedError(f"{why}; {'build it into the image' if job.code else 'leave it out'}", key=key)
     for variable, reference in job.spec.secrets.items():
-        if reference.startswith("store:") and reference.split(":")[1] not in _STORES:
+        _, store, name = (*reference.split(":", 2), "", "")[:3]
+        if store not in _STORES:
             raise SpecError(f"{reference!r} is in no store of AWS; write {_STORE_WORDS}", key=f"secrets.{variable}")
+        if not name:
+            raise SpecError(f"{reference!r} names no secret; write {_STORE_WORDS}", key=f"secrets.{variable}")
 
 
 def _costs(request: Json) -> Iterator[str]:
     """Which machines, and what they cost by the hour and at most."""
-    resources, spot = request.get("ResourceConfig") or {}, request.get("EnableManagedSpotTraining")
-    names = [item["InstanceType"] for item in resources.get("InstancePreferences") or (resources,) if item]
-    count = max(int(resources.get("InstanceCount") or 1), 1)
-    for name in filter(None, names):
+    spot, choices = request.get("EnableManagedSpotTraining"), _choices(request.get("ResourceConfig") or {})
+    for name, count in itertools.chain.from_iterable(choices):
         known = instance_type(name)
         many = f"{count} × " if count > 1 else ""
         yield f"instance: {many}{words_of_type(known) if known else name}{', spot' if spot else ''}"
-    yield from _at_most(names, count, request)
+    yield from _at_most(choices, request)
 
 
-def _at_most(names: Sequence[str], count: int, request: Json) -> Iterator[str]:
-    prices = [known.price for name in names if (known := instance_type(name)) and known.price is not None]
+def _choices(resources: Json) -> list[list[tuple[str, int]]]:
+    """Of which SageMaker takes one: type and count of the instances that it has."""
+    groups = resources.get("InstanceGroups")
+    found = [groups] if groups else [[item] for item in resources.get("InstancePreferences") or (resources,)]
+    usual = resources.get("InstanceCount") or 1
+    named = ([(item.get("InstanceType"), item.get("InstanceCount") or usual) for item in each] for each in found)
+    return [[(str(name), int(count)) for name, count in each] for each in named if all(name for name, _ in each)]
+
+
+def _at_most(choices: Sequence[Sequence[tuple[str, int]]], request: Json) -> Iterator[str]:
+    prices = [price for choice in choices if (price := _price(choice)) is not None]
     longest = (request.get("StoppingCondition") or {}).get("MaxRuntimeInSeconds")
     if prices and longest:
-        most = max(prices) * count * longest / 3600
+        most = max(prices) * longest / 3600
         limit = format_duration(longest)
         cheaper = "; spot costs less" if request.get("EnableManagedSpotTraining") else ""
         amount = f"{most:.2f}" if most < _CENTS_BELOW else f"{math.ceil(most)}"
         yield f"cost: at most about ${amount} if it runs until SageMaker's limit, {limit}{cheaper}"
+
+
+def _price(choice: Sequence[tuple[str, int]]) -> float | None:
+    """Of an hour; None if that of one type is unknown."""
+    prices = [(known.price, count) for name, count in choice if (known := instance_type(name))]
+    if len(prices) < len(choice) or any(price is None for price, _ in prices):
+        return None
+    return sum((price or 0.0) * count for price, count in prices)
 
 
 _CENTS_BELOW = 10
@@ -469,12 +590,26 @@ def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]
             yield f"{name} has {known.gpus} GPUs, of which the job uses {resources.gpus}"
         elif known and known.gpus < resources.gpus:
             yield f"{name} has {known.gpus} GPUs, fewer than resources.gpus: {resources.gpus}"
+    yield from _doubtful_places(job, target)
+    if (resources.timeout or 0) > _LONGEST_RUN_S:
+        yield f"resources.timeout: SageMaker ends every job after {format_duration(_LONGEST_RUN_S)}"
     if resources.grace > _GRACE_S:
         yield f"resources.grace: SageMaker gives {format_duration(_GRACE_S)}, whatever the job asks for"
     if resources.max_wait is not None and not resources.spot and not any(map(is_accelerated, names)):
         yield "resources.max_wait has no effect: jobs without GPUs don't wait for room, they fail"
     if resources.spot and len(resources.gpu) > 1:
         yield f"resources.gpu: spot jobs name one instance type, here {names[0]}"
+
+
+def _doubtful_places(job: Job, target: SageMakerTarget) -> Iterator[str]:
+    """What is somewhere else than the job, or is said of what the job doesn't have."""
+    found = _ECR.fullmatch(job.image.reference) if job.image else None
+    if found and target.region and found["region"] != target.region:
+        yield f"image: it is in ECR of {found['region']}, and the job runs in {target.region}: push it to ECR there"
+    names = [channel.name for channel in job.channels]
+    for name in target.input_modes:
+        if name not in names and (hint := nearest(name, names)):
+            yield f"input_modes: the job has no channel {name!r}{hint}"
 
 
 def _missing(job: Job, target: SageMakerTarget) -> Iterable[str]:

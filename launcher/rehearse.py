@@ -302,8 +302,9 @@ class _Stage:
             channels=(dataclasses.replace(channel, access="staged"),),
             storage=self.job.target.storage.options.to_mapping(),
         )
-        stage_channels(alone, layout, threading.Event(), self.say)
-        return layout.channel(name)
+        scratch = self.folder / "unpacked"
+        unpacked = stage_channels(alone, layout, scratch, abort=threading.Event(), say=self.say)
+        return unpacked.get(name, layout.channel(name))
 
     def job_file(self, run_id: str) -> JobFile:
         """As this stage runs it: outputs go to the mounted store, channels are mounted."""

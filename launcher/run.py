@@ -29,7 +29,7 @@ from launcher.runner.stop import within
 from launcher.spec import JobSpec
 from launcher.status import State, Status
 from launcher.stores import Store, open_store
-from launcher.submission import OpenBackends, prepare, reconcile_many, resend, send, store_of, target_key
+from launcher.submission import OpenBackends, account_of, prepare, reconcile_many, resend, send, store_of, target_key
 from launcher.supervised import ended_state
 from launcher.sweep import prepare_many, send_many
 from launcher.sync import Cursor, SyncReport, read_appended, sync_run, unpack_tar
@@ -197,7 +197,7 @@ class Run:
                 seen = True
                 yield line
         if not seen and not since:
-            yield from follow_logs(self.store())
+            yield from follow_logs(self._account())
 
     def follow(self, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[LogLine | Status | Point]:
         """Everything new as it comes: log lines, metrics and changes of state; the end of the run is the last."""
@@ -212,7 +212,7 @@ class Run:
                 for line in self._new_logs(logs_at):
                     logs_at = line.cursor or logs_at
                     yield line
-                data, metrics_at = read_appended(self.store(), contract.METRICS, since=metrics_at)
+                data, metrics_at = read_appended(self._account(), contract.METRICS, since=metrics_at)
                 yield from reader.feed(data)
             except UnreachableError:  # the next look may find it again
                 if status.state.terminal:
@@ -282,7 +282,7 @@ class Run:
 
     def metrics(self) -> Metrics:
         """From the output store, while it runs, too; from the synced folder where the store has nothing any more."""
-        data, _ = read_appended(self.store(), contract.METRICS)
+        data, _ = read_appended(self._account(), contract.METRICS)
         synced = Path(self._record.synced or "") / contract.METRICS
         if not data and self._record.synced and synced.is_file():
             data = synced.read_bytes()
@@ -295,7 +295,7 @@ class Run:
         """
         synced = contract.read_json(Path(self._record.synced) / contract.ENVIRONMENT) if self._record.synced else None
         try:
-            found = json.loads(self.store().read(contract.ENVIRONMENT))
+            found = json.loads(self._account().read(contract.ENVIRONMENT))
         except (FileNotFoundError, ValueError):
             return synced
         except UnreachableError:
@@ -402,6 +402,9 @@ class Run:
         """The run's folder in the output store."""
         return store_of(self._record, self._open_backend())
 
+    def _account(self) -> Store:
+        return account_of(self._record, self._open_backend())
+
     def _open_backend(self) -> Backend:
         return self._backends.of(self._record)
 
@@ -463,16 +466,15 @@ def _with_evidence(record: RunRecord, status: Status, backend: Backend) -> Statu
     if status.state is not State.UNKNOWN or status.native != "gone":
         return status
     with contextlib.suppress(CvlaunchError, OSError, ValueError, KeyError, TypeError):  # of a file that isn't ours, too
-        store = store_of(record, backend)
         with contextlib.suppress(FileNotFoundError):
-            left = json.loads(store.read(contract.RESULT))
+            left = json.loads(account_of(record, backend).read(contract.RESULT))
             if left.get("state") != "PREEMPTED":  # that one was to go on somewhere, unless it was cancelled
                 state, code = ended_state(left.get("state"), int(left["exit_code"])), int(left["exit_code"])
                 reason, attempt = str(left.get("reason") or ""), int(left.get("attempt") or 1)
                 return dataclasses.replace(
                     status, state=state, reason=reason, exit_code=code, attempt=attempt, ended=left.get("ended")
                 )
-        if store.head(contract.CANCEL) is not None:
+        if store_of(record, backend).head(contract.CANCEL) is not None:
             return dataclasses.replace(status, state=State.CANCELLED, reason="cancelled")
     return status
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from launcher import manifest
 from launcher.backends import load_backend
 from launcher.backends.base import Backend, Handle, Job, Output, Plan
-from launcher.contract import HEARTBEAT
+from launcher.contract import HEARTBEAT, MIRROR
 from launcher.dataset import check_channel
 from launcher.errors import (
     AuthError,
@@ -51,6 +51,7 @@ __all__ = [
     "OpenBackends",
     "Prepared",
     "accepted",
+    "account_of",
     "backend_of",
     "carry_out",
     "client_secrets",
@@ -161,8 +162,7 @@ def send(prepared: Prepared, *, ledger: Ledger, run_id: str | None = None) -> Ru
 
 def accepted(prepared: Prepared) -> dict[str, str]:
     """The values of its secrets. SpecError if something is missing here, or the platform would refuse it."""
-    backend = prepared.backend
-    if problem := next((p for p in backend.check(prepared.job) if p.fatal), None) if backend.check_first else None:
+    if problem := next((p for p in prepared.backend.check(prepared.job) if p.fatal), None):
         raise SpecError(problem.message, key=problem.thing)
     values = client_secrets(prepared.job.spec, prepared.folder)
     if missing := prepared.plan().placeholders:
@@ -265,8 +265,11 @@ def _store_files(plans: Sequence[Plan], records: Sequence[RunRecord], backend: B
 
     def store(plan: Plan, record: RunRecord) -> None:
         place = store_of(record, backend)
-        for path, content in plan.files.items():
-            place.write(path, Path(content) if isinstance(content, str) else content)
+        try:
+            for path, content in plan.files.items():
+                place.write(path, Path(content) if isinstance(content, str) else content)
+        except SpecError as error:
+            raise SpecError(error.message, key=error.key or "output") from error
 
     if not any(plan.files for plan in plans):
         return
@@ -327,7 +330,7 @@ def resend(record: RunRecord, *, ledger: Ledger) -> RunRecord:
         raise SpecError(f"{seen.run_id} is {seen.state} and needs no resuming; `cvlaunch rerun` starts it afresh")
     backend = backend_of(seen)
     store = store_of(seen, backend)
-    if seen.state is State.ERROR and _heard_of(store):
+    if seen.state is State.ERROR and _heard_of(account_of(seen, backend)):
         raise SpecError(f"{seen.run_id} is run by another submission, which was heard of just now; see: {seen.output}")
     missing = [path for path in seen.plan["files"] if store.head(path) is None]
     if missing:
@@ -482,6 +485,16 @@ def store_of(record: RunRecord, backend: Backend | None = None) -> Store:
     if not record.made_elsewhere:
         return opened(record.folder)
     return PlacesStore(record.folder, {output["into"]: opened(output["uri"]) for output in record.plan["outputs"]})
+
+
+def account_of(record: RunRecord, backend: Backend | None = None) -> Store:
+    """What the runner tells of the run: its folder, or, where it reaches no store, the one that the platform takes."""
+    backend = backend or backend_of(record)
+    movers = (record.job.get("job_file") or {}).get("movers") or {}
+    if movers.get("output") != "platform":
+        return store_of(record, backend)
+    uri = join_uri(record.output, record.run_id, MIRROR)
+    return backend.store(uri) or open_store(uri, backend.target.storage.options)
 
 
 def client_secrets(spec: JobSpec, folder: Path) -> dict[str, str]:

@@ -5,12 +5,13 @@ A backend module holds tables (words → State, errors → ours, features, rules
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from launcher.contract import Channel, Code, JobFile
 from launcher.errors import SpecError
@@ -40,6 +41,7 @@ __all__ = [
     "Storage",
     "Support",
     "Transport",
+    "Url",
     "features_missing",
     "native_name",
 ]
@@ -53,10 +55,20 @@ _REGISTRY = r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+$"
 """With a repository, without a tag: each image gets one of its own."""
 
 
+def _a_url(value: str) -> str:
+    """HTTP clients say so in many ways, some of which are no words at all."""
+    if not re.match(r"https?://[^/]", value):
+        raise ValueError(f"expected a URL such as https://s3.example.com, found {value!r}")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_a_url)]
+
+
 class Storage(Model):
     """How the object stores of a target are reached; keys and passwords don't belong here."""
 
-    endpoint: str | None = Field(
+    endpoint: Url | None = Field(
         None, description="S3 endpoint of OVH, MinIO, Ceph, ODF: https://s3.gra.io.cloud.ovh.net"
     )
     region: str | None = None
@@ -314,6 +326,16 @@ class Remarks:
 
 
 @runtime_checkable
+class Examines(Protocol):
+    """A backend whose platform refuses by itself, when a job is sent, most of what could not run there.
+
+    `check` is then quick, and `examine` asks for all that may be wrong, beforehand.
+    """
+
+    def examine(self, job: Job) -> Iterator[Problem]: ...
+
+
+@runtime_checkable
 class Reviews(Protocol):
     """A backend that knows offline what its platform would refuse."""
 
@@ -328,7 +350,6 @@ class Backend(Protocol):
     `template` is `<folder>/<file>` below `templates/`. `form` says how Plan.text is parsed: json, yaml or script.
     `inline_job`: job.json travels in the text; otherwise in Plan.files.
     `doubt_s`: how long a job that was sent may stay invisible to `find`.
-    `check_first`: `submit` asks `check` before; False where the call itself refuses what could not run.
     """
 
     name: ClassVar[str]
@@ -337,7 +358,6 @@ class Backend(Protocol):
     form: ClassVar[Literal["json", "yaml", "script"]]
     inline_job: ClassVar[bool]
     doubt_s: ClassVar[float]
-    check_first: ClassVar[bool]
     features: ClassVar[Mapping[Feature, Support]]
     placeholders: ClassVar[Mapping[str, str]]
     """Key of the target → well-formed stand-in, marked REPLACE-ME, for what neither it nor (`output`) the job gives."""

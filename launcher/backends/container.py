@@ -102,7 +102,6 @@ class ContainerBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 0.0
-    check_first: ClassVar[bool] = True
     rules: ClassVar[ContainerRules] = ContainerRules(shm=Shm(how="--shm-size"))
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),

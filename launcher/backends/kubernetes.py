@@ -80,7 +80,6 @@ class KubernetesBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "yaml"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 30.0
-    check_first: ClassVar[bool] = True
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),
         Feature.MULTI_NODE: Support(True),

@@ -69,7 +69,6 @@ class LocalBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "json"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 0.0
-    check_first: ClassVar[bool] = True
     rules: ClassVar[ContainerRules] = ContainerRules(container=False, shm=Shm(source="it is the machine's own"))
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),

@@ -29,7 +29,7 @@ from launcher.backends.base import (
     Transport,
     native_name,
 )
-from launcher.contract import RESULT, JobFile
+from launcher.contract import MIRROR, RESULT, JobFile
 from launcher.errors import (
     AuthError,
     CapacityError,
@@ -69,7 +69,7 @@ from launcher.sagemaker.request import (
 )
 from launcher.sagemaker.target import SageMakerTarget
 from launcher.status import State, Status
-from launcher.stores import Store, open_store
+from launcher.stores import Store, join_uri, open_store
 from launcher.watch import seldom
 
 __all__ = ["SageMakerBackend"]
@@ -416,7 +416,10 @@ class SageMakerBackend:
             return {}
 
     def _store(self, job: Json) -> Store:
-        return open_store(run_folder(job), self.target.storage.options)
+        """What the runner tells: in the run's folder, or where the platform takes it."""
+        folder = run_folder(job)
+        told = join_uri(folder, MIRROR) if job.get("EnableNetworkIsolation") else folder
+        return open_store(told, self.target.storage.options)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -525,16 +528,22 @@ def _check_features(job: Job, *, isolated: bool) -> None:
         for key, why in _FOREIGN.items():
             if getattr(job.spec, key):
                 raise UnsupportedError(why, key=key)
-    elif isolated and (job.code or job.spec.secrets):
-        key = "code" if job.code else "secrets"
-        why = "nothing is reached under network_isolation, so nobody can fetch it"
-        raise UnsupportedError(f"{why}; {'build it into the image' if job.code else 'leave it out'}", key=key)
+    elif isolated and (lacking := _out_of_reach(job)):
+        key, way_out = lacking
+        raise UnsupportedError(f"under network_isolation the job reaches nothing: {way_out}", key=key)
     for variable, reference in job.spec.secrets.items():
         _, store, name = (*reference.split(":", 2), "", "")[:3]
         if store not in _STORES:
             raise SpecError(f"{reference!r} is in no store of AWS; write {_STORE_WORDS}", key=f"secrets.{variable}")
         if not name:
             raise SpecError(f"{reference!r} names no secret; write {_STORE_WORDS}", key=f"secrets.{variable}")
+
+
+def _out_of_reach(job: Job) -> tuple[str, str] | None:
+    """Key and way out of what nobody can bring to a job without network."""
+    if job.code and job.code.requirements:
+        return "code.requirements", "build these packages into the image"
+    return ("secrets", "leave them out") if job.spec.secrets else None
 
 
 def _costs(request: Json) -> Iterator[str]:

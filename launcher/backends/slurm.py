@@ -209,7 +209,6 @@ class SlurmBackend:
     form: ClassVar[Literal["json", "yaml", "script"]] = "script"
     inline_job: ClassVar[bool] = True
     doubt_s: ClassVar[float] = 60.0
-    check_first: ClassVar[bool] = True
     features: ClassVar[Mapping[Feature, Support]] = {
         Feature.GPUS: Support(True),
         Feature.MULTI_NODE: Support(True),

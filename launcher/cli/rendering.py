@@ -54,7 +54,7 @@ def render(
     online = resolve or check
     with prepare(job, backend=backend, target=target, settings=settings, online=online) as prepared:
         plan = prepared.plan(**chosen)
-        problems = list(prepared.backend.check(prepared.job)) if check else []
+        problems = list(_problems(prepared)) if check else []
         if to is not None:
             to.write_bytes(plan.text.encode())
         _print(prepared, plan, problems, explain=explain, written=to is not None, out=out)
@@ -69,6 +69,15 @@ def render(
     if check and not problems:
         out.note(f"target {prepared.job.target_name} would take this job")
     return 2 if any(problem.fatal for problem in problems) else 0
+
+
+def _problems(prepared: Prepared) -> Iterator[Problem]:
+    from launcher.backends.base import Examines
+
+    backend, job = prepared.backend, prepared.job
+    yield from backend.check(job)
+    if isinstance(backend, Examines):
+        yield from backend.examine(job)
 
 
 def _print(prepared: Prepared, plan: Plan, problems: list[Problem], *, explain: bool, written: bool, out: Out) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 from launcher.backends.base import Job
-from launcher.contract import DEFAULT_ROOT, JOB, JobFile
+from launcher.contract import ARTIFACTS, DEFAULT_ROOT, JOB, JobFile
 from launcher.errors import SpecError
 from launcher.quantities import format_duration
 from launcher.rules import RULES
@@ -19,7 +19,6 @@ from launcher.sagemaker.target import SageMakerTarget
 from launcher.stores import join_uri
 
 __all__ = [
-    "ARTIFACTS",
     "DIGEST",
     "JOB_CHANNEL",
     "METRICS",
@@ -36,10 +35,8 @@ RUN, DIGEST, PLAN_SHA = "cvlaunch-run", "cvlaunch-digest", "cvlaunch-plan-sha"
 """Keys of tags. The last holds the hash of the text, so that it can't stand in it: it is added when it is sent."""
 
 ROLE = "arn:aws:iam::000000000000:role/REPLACE-ME"
-ARTIFACTS = "artifacts"
-"""Below it, in the run's folder, the platform leaves `<job>/output/model.tar.gz` and `output.tar.gz`."""
 JOB_CHANNEL = "cvlaunch"
-"""Brings job.json where the container reaches no store."""
+"""Brings job.json and code where the container reaches no store."""
 
 _AROUND_TIMEOUT_S = 15 * 60
 """The platform's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
@@ -162,7 +159,7 @@ def _shown(value: object) -> str:
 
 
 def _variables(job: Job, home: str, job_file: JobFile, target: SageMakerTarget) -> dict[str, str]:
-    inside = f"{DEFAULT_ROOT}/input/data/{JOB_CHANNEL}/{JOB.rpartition('/')[2]}"
+    inside = f"{DEFAULT_ROOT}/input/data/{JOB_CHANNEL}/{JOB.removeprefix('input/')}"
     found = {
         "CVLAUNCH_JOB": inside if target.network_isolation else join_uri(home, JOB),
         "CVLAUNCH_JOB_SHA256": hashlib.sha256(job_file.to_bytes()).hexdigest(),
@@ -184,7 +181,7 @@ def _channels(job: Job, target: SageMakerTarget) -> Iterator[Json]:
 
 def _job_channel(home: str, *, foreign: bool, target: SageMakerTarget) -> Iterator[Json]:
     if target.network_isolation and not foreign:
-        yield _channel(JOB_CHANNEL, join_uri(home, JOB.rpartition("/")[0]), "File")
+        yield _channel(JOB_CHANNEL, join_uri(home, "input"), "File")
 
 
 def _channel(name: str, uri: str, mode: str) -> Json:

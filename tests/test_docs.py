@@ -32,6 +32,7 @@ from launcher.cli.app import cli
 from launcher.jobfile import load_job
 from launcher.kube.target import KubernetesTarget
 from launcher.metrics import parse_lines
+from launcher.sagemaker.target import SageMakerTarget
 from launcher.spec import ClassifyConfig, CodeSpec, DetectConfig, Model, Resources
 from launcher.targets import load_targets
 from tests.test_layers import ROWS
@@ -156,6 +157,8 @@ def check_command(words: list[str]) -> None:
             assert rest == ["job.sh"]
         case "kubectl" | "oc":
             assert rest[:2] == ["apply", "-f"]
+        case "aws":
+            check_aws(rest)
         case "cd" | "git" | "source":
             pass
         case _:
@@ -199,6 +202,45 @@ def test_commands_in_sentences_are_commands(page: str) -> None:
     prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     for line in re.findall(r"`(cvlaunch [^`]+)`", prose):
         check_command(shlex.split(line.replace("\n", " ")))
+
+
+def check_aws(words: list[str]) -> None:
+    """Service, operation and options are those of botocore's model; `s3` is the program's own."""
+    import botocore.session
+    from botocore import xform_name
+
+    service, operation, *rest = words
+    if service == "s3":
+        assert operation == "mb"
+        return
+    model = botocore.session.get_session().get_service_model(service)
+    (name,) = [name for name in model.operation_names if xform_name(name, "-") == operation]
+    shape = model.operation_model(name).input_shape
+    known = {f"--{xform_name(member, '-')}" for member in shape.members}
+    given = {word for word in rest if word.startswith("--")}
+    assert given <= known | {"--region", "--profile", "--query", "--output"}
+    assert {f"--{xform_name(member, '-')}" for member in shape.required_members} <= given
+
+
+def test_overlays_for_sagemaker_fit_its_api(tmp_path: Path) -> None:
+    from botocore.session import get_session
+    from botocore.validate import ParamValidator
+
+    from launcher.sagemaker.limits import check_request, unknown_members
+
+    shape = get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape
+    blocks = [block for block in BLOCKS if block.page == "docs/sagemaker.md" and "overlay" in block.text]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "targets.yaml").write_text(block.text)
+        for name, keys in yaml.safe_load(block.text)["targets"].items():
+            job = JobSpec(name="any", image="registry.example.com/team/any:1", command=("true",))
+            request = json.loads(render(job, target=name, folder=tmp_path).text)
+            assert not ParamValidator().validate(request, shape).generate_report(), name
+            check_request(request)
+            assert not unknown_members(request), name
+            if isinstance(keys["overlay"], dict):
+                assert keys["overlay"].keys() <= request.keys(), name
 
 
 def test_the_first_run_is_what_make_demo_does() -> None:
@@ -363,7 +405,12 @@ def test_every_key_is_described_with_its_default(page: str, heading: str, model:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("local", LocalTarget), ("container", ContainerTarget), ("kubernetes", KubernetesTarget)],
+    [
+        ("local", LocalTarget),
+        ("container", ContainerTarget),
+        ("kubernetes", KubernetesTarget),
+        ("sagemaker", SageMakerTarget),
+    ],
 )
 def test_keys_of_a_target_are_described(name: str, target: type[BaseTarget]) -> None:
     own = set(vars(target)["__annotations__"]) - {"backend"}

@@ -642,3 +642,24 @@ def test_what_it_may_cost_is_said(tmp_path: Path) -> None:
     )
     assert most and 400 < int(most[1]) < 700
     assert front(tmp_path, {}, {"instance_types": ["ml.g9.xlarge"]}).notes == ("instance: ml.g9.xlarge",)
+
+
+def most_of(notes: tuple[str, ...]) -> float:
+    return float(re.findall(r"at most about \$([\d.]+)", notes[-1])[0])
+
+
+def test_what_several_instances_cost(tmp_path: Path) -> None:
+    hour = {"resources": {"timeout": "10h"}}
+    two = {"resources": {"timeout": "10h", "nodes": 2}}
+    types = {"instance_types": ["ml.g5.xlarge", "ml.g5.2xlarge"]}
+    one, both = front(tmp_path, hour, types).notes, front(tmp_path, two, types).notes
+    assert [note.split(":")[1].strip() for note in both[:2]] == ["2 × ml.g5.xlarge", "2 × ml.g5.2xlarge"]
+    assert most_of(both) == pytest.approx(2 * most_of(one), abs=1)
+    groups = [
+        {"InstanceGroupName": name, "InstanceType": f"ml.{name}", "InstanceCount": count}
+        for name, count in (("g5.xlarge", 1), ("c5.4xlarge", 3))
+    ]
+    overlay = {"ResourceConfig": {"InstanceType": None, "InstanceCount": None, "InstanceGroups": groups}}
+    notes = front(tmp_path, hour, {"overlay": overlay}).notes
+    assert [note.split(":")[1].strip() for note in notes[:2]] == ["ml.g5.xlarge", "3 × ml.c5.4xlarge"]
+    assert most_of(notes) == pytest.approx(10.25 * (1.408 + 3 * 0.816), abs=1)

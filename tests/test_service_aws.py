@@ -200,6 +200,9 @@ def test_quotas(scripted: AwsCloud) -> None:
     sagemaker.create_training_job(**body("second"))
     scripted.quota_value("Longest run time for a training job", 500)
     scripted.finish("second")
+    scripted.quota_value("ml.g5.xlarge for training warm pool usage", 0)
+    kept = body("kept", ResourceConfig__KeepAlivePeriodInSeconds=60)
+    assert "warm pool usage' is 0" in refused(sagemaker.create_training_job, **kept)[1]
     assert "500 Seconds" in refused(sagemaker.create_training_job, **body("third"))[1]
     pages = quotas.get_paginator("list_service_quotas").paginate(ServiceCode="sagemaker")
     found = {quota["QuotaName"]: quota for page in pages for quota in page["Quotas"]}

@@ -150,12 +150,15 @@ def test_failures(lab: Lab) -> None:
 
 def test_stop_grace_and_kill(lab: Lab) -> None:
     lab.cloud.grace_s = 0.3
+    lab.cloud.hold("polite", "Stopping")
     lab.start("trap 'echo m > /opt/ml/model/m; exit 0' TERM; echo ready; while :; do sleep 0.05; done", "polite")
     lab.start("trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done", "deaf")
     for name in ("polite", "deaf"):
         lab.until_line("ready", name)
         lab.sagemaker.stop_training_job(TrainingJobName=name)
         assert lab.cloud.job(name)["TrainingJobStatus"] in ("Stopping", "Stopped")
+    assert lab.cloud.job("polite")["TrainingJobStatus"] == "Stopping"
+    lab.cloud.release("polite")
     for name in ("polite", "deaf"):
         said = lab.ended(name)
         assert (said["TrainingJobStatus"], states(said)[-3:]) == ("Stopped", ["Stopping", "Uploading", "Stopped"])

@@ -65,14 +65,15 @@ name {name} already exists"
     def _accepted(self, body: Json, region: str) -> Job:
         """On the first of its instance types that a quota allows."""
         runtime = body.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", _DAY)
+        warm = bool(body["ResourceConfig"].get("KeepAlivePeriodInSeconds"))
         wanted = instances_of(body)
         for instance in wanted[:-1]:
             with contextlib.suppress(AwsError):
-                self._quotas.check(instance, runtime, region)
+                self._quotas.check(instance, runtime, region, warm=warm)
                 break
         else:
             instance = wanted[-1]
-            self._quotas.check(instance, runtime, region)
+            self._quotas.check(instance, runtime, region, warm=warm)
         scripted = any(body["TrainingJobName"].startswith(prefix) for prefix in self.scripted)
         job = Job(body, region, instance, scripted)
         job.tags = {tag["Key"]: tag["Value"] for tag in body.get("Tags", ())}

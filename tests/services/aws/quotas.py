@@ -44,12 +44,15 @@ class Quotas:
 
     # -- what a job takes ---------------------------------------------------------------------------------------------
 
-    def check(self, instance: Hardware, runtime_s: float, region: str) -> None:
-        """AwsError ResourceLimitExceeded if the account may not have so much."""
+    def check(self, instance: Hardware, runtime_s: float, region: str, *, warm: bool) -> None:
+        """AwsError ResourceLimitExceeded if the account may not have so much. warm: the instances stay a while."""
         name = quota_name(instance.type, instance.spot)
         used = self.running.get(name, 0) + self.jobs.in_use(instance.type, instance.spot, region)
         if used + instance.count > self.value(name):
             raise _exceeded(name, self.value(name), used, instance.count, "Instances")
+        pool = f"{instance.type} for training warm pool usage"
+        if warm and instance.count > self.value(pool):
+            raise _exceeded(pool, self.value(pool), 0, instance.count, "Instances")
         if runtime_s > self.value(LONGEST_RUN):
             raise _exceeded(LONGEST_RUN, self.value(LONGEST_RUN), 0, round(runtime_s), "Seconds")
 

@@ -41,7 +41,7 @@ _LONGEST_PENDING = 28 * 24 * 3600.0
 @dataclass
 class Settings:
     """What a test can turn. images: reference in ECR → podman's. lacking: instance type → what happens. held: (job,
-    secondary status). late_names_s: how long the names of a job's instances don't resolve."""
+    secondary status). late_names_s: how long the names of a job's instances don't resolve once all have started."""
 
     folder: Path
     owner: str
@@ -66,7 +66,7 @@ class _AgainError(Exception):
 
 
 class Run(threading.Thread):
-    """keys: of the job's role, from the time at which it starts. token: by which its containers ask for them."""
+    """credentials: gives the URL where the containers of a job read the keys of its role."""
 
     def __init__(self, job: Job, account: Account, settings: Settings, credentials: Callable[[Job], str]) -> None:
         super().__init__(name=f"training job {job.name}", daemon=True)
@@ -130,6 +130,12 @@ class Run(threading.Thread):
             self._wait()
         self._heed()
 
+    def _linger(self, secondary: str) -> None:
+        """Held where nothing but the end of the cloud ends it."""
+        while (self.job.name, secondary) in self._settings.held and self._ask != "kill":
+            self._wake.wait(_TICK)
+            self._wake.clear()
+
     def _wait(self) -> None:
         self._check_times()
         self._wake.wait(_TICK)
@@ -145,6 +151,7 @@ class Run(threading.Thread):
             self._crash()
         if self._ask != "stop":
             self.job.enter("Stopping", status="Stopping")
+        self._linger("Stopping")
         raise _OverError("Stopped", _SECONDARY.get(self._ask, ""))
 
     def _check_times(self) -> None:
@@ -216,12 +223,12 @@ class Run(threading.Thread):
         """Until all have ended. What was asked meanwhile, if it came in time."""
         self._start(instances)
         limit = self.job.posted.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", 86400) - self._trained
-        late = self._settings.late_names_s
+        names_at = time.monotonic() + self._settings.late_names_s
         asked: Ask = ""
         killed_at, named, synced = float("inf"), False, time.monotonic()
         while running := [instance for instance in instances if instance.code is None]:
             now = time.monotonic()
-            if not named and now - began >= late:
+            if not named and now >= names_at:
                 named = True
                 for instance in instances:
                     instance.announce()
@@ -294,12 +301,13 @@ class Run(threading.Thread):
         if ask == "crash":
             self._ask = ""
             self._crash()
+        if ask:
+            self._linger("Stopping")
         self._sync(instances)
         failed = any(codes) and not ask
         self.job.enter("Uploading")
         self._upload(instances, model=not failed)
-        while (self.job.name, "Uploading") in self._settings.held and self._ask != "kill":
-            self._wake.wait(_TICK)
+        self._linger("Uploading")
         if failed:
             raise _OverError("Failed", failure=_failure(instances))
         ask = ask or ("stop" if self.job.status == "Stopping" else "")

@@ -242,6 +242,24 @@ def test_one_that_fails_ends_the_other(lab: Lab) -> None:
     assert lab.ended()["FailureReason"] == "AlgorithmError: , exit code: 7"
 
 
+def test_all_instances_have_their_grace(lab: Lab) -> None:
+    lab.start(
+        "trap 'exit 143' TERM; grep -q 'current_host\": \"algo-1' /opt/ml/input/config/resourceconfig.json || "
+        "trap 'sleep 0.5; echo slow > /opt/ml/model/slow; exit 143' TERM; echo ready; while :; do sleep 0.05; done",
+        ResourceConfig={"InstanceType": "ml.g5.xlarge", "InstanceCount": 2},
+    )
+    deadline = time.monotonic() + 30
+    while lab.lines() != ["ready", "ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lab.sagemaker.stop_training_job(TrainingJobName="tiny-1")
+    assert lab.ended()["TrainingJobStatus"] == "Stopped"
+    assert lab.archive("out/tiny-1/output/model.tar.gz") == {"slow": "slow\n"}
+    lab.sagemaker.delete_training_job(TrainingJobName="tiny-1")
+    lab.start("echo again")
+    assert lab.ended()["TrainingJobStatus"] == "Completed", "a name can be used again"
+
+
 def test_network_isolation(lab: Lab) -> None:
     lab.start("env; cat /proc/net/dev", EnableNetworkIsolation=True)
     assert lab.ended()["TrainingJobStatus"] == "Completed"

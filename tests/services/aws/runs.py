@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import select
 import signal
 import threading
@@ -73,6 +74,7 @@ class Run(threading.Thread):
         self.job, self._account, self._settings, self._credentials = job, account, settings, credentials
         self._ask: Ask = ""
         self._wake = threading.Event()
+        self._mark = secrets.token_hex(3)  # a name may be used again
         self._starts = 0
         self._epoch = 0
         self._trained = 0.0
@@ -206,9 +208,10 @@ class Run(threading.Thread):
         return instances
 
     def _place(self, image: str, number: int, count: int) -> Place:
-        folder = self._settings.folder / f"{self.job.region}-{self.job.name}-{self._starts}-{number}"
+        mark = f"{self._mark}-{self.job.name}-{self._starts}-{number}"
+        folder = self._settings.folder / mark
         folder.mkdir(parents=True)
-        name = f"{self._settings.owner}-{self.job.name}-{self._starts}-{number}"
+        name = f"{self._settings.owner}-{mark}"
         self._containers.append(name)
         environment = {"TRAINING_JOB_NAME": self.job.name, "TRAINING_JOB_ARN": self.job.arn}
         environment["AWS_REGION"] = self.job.region
@@ -244,6 +247,8 @@ class Run(threading.Thread):
                 self._sync(instances)
                 synced = now
             self._watch(running)
+            if not asked and any(instance.code for instance in running):  # one that fails ends the others
+                _signal([instance for instance in running if instance.code is None], signal.SIGKILL)
             self._read(instances)
         self._read(instances)
         return asked
@@ -265,14 +270,11 @@ class Run(threading.Thread):
         return ask, time.monotonic() + self._settings.grace_s
 
     def _watch(self, running: list[Instance]) -> None:
-        """One that fails ends the others."""
         descriptors = [instance.descriptor for instance in running if instance.descriptor >= 0]
         ready = select.select(descriptors, [], [], _TICK)[0] if len(descriptors) == len(running) else descriptors
         for instance in running:
             if instance.descriptor in ready or instance.descriptor < 0:
                 instance.finish()
-        if any(instance.code for instance in running):
-            _signal([instance for instance in running if instance.code is None], signal.SIGKILL)
 
     def _sync(self, instances: list[Instance]) -> None:
         for instance in instances:
@@ -296,10 +298,8 @@ class Run(threading.Thread):
         if ask == "interrupt":
             if 137 not in codes:  # what is killed with its machine has no time for it
                 self._sync(instances)
-            self._ask = "" if self._ask == "interrupt" else self._ask
             self._restart("Interrupted")
         if ask == "crash":
-            self._ask = ""
             self._crash()
         if ask:
             self._linger("Stopping")

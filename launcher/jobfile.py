@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -122,10 +123,13 @@ def _message(model: type[BaseModel], error: ErrorDetails, place: KeyPath) -> str
         return "the key task is missing; expected task: classify or task: detect"
     if place[:1] == ("secrets",):
         return "expected a reference: env:NAME, file:PATH or store:REFERENCE"  # the value may be the secret itself
-    text = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    text = _EXPECTED.get(kind) or _NOISE.sub("", error["msg"])
     quote = "; quote it" if kind == "string_type" and not isinstance(value, list | dict | None) else ""
     return f"expected {text}, found {_shown(value)}{quote}"
 
+
+_NOISE = re.compile(r"^(Input should be|(String|Tuple|List|Dictionary) should have) | after validation, not \d+$")
+"""Of pydantic's words, where a plainer one says it."""
 
 _EXPECTED = {
     "string_type": "text",

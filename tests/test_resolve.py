@@ -27,7 +27,7 @@ datasets:
   gone: {default: /no/such/place}
 targets:
   desk: {backend: local, output: out}
-  far: {backend: local, output: s3://bucket/runs, storage: {endpoint: ENDPOINT, region: us-east-1}}
+  far: {backend: local, output: s3://bucket/runs, storage: {endpoint: http://ENDPOINT, region: us-east-1}}
 """
 
 
@@ -229,7 +229,9 @@ def test_data_on_a_claim_is_pushed_through_its_target_and_takes_no_disk(tmp_path
 
 
 def test_online_the_manifest_in_the_store_is_read(project: Path, moto_bucket: Bucket) -> None:
-    text = TARGETS.replace("DATA", str(project / "data")).replace("ENDPOINT", moto_bucket.server.options.endpoint or "")
+    text = TARGETS.replace("DATA", str(project / "data")).replace(
+        "http://ENDPOINT", moto_bucket.server.options.endpoint or ""
+    )
     (project / "targets.yaml").write_text(text.replace("s3://bucket", moto_bucket.uri))
     pushed = manifest.push(
         project / "data/train", open_store(f"{moto_bucket.uri}/shapes/train", moto_bucket.server.options)

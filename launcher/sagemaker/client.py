@@ -20,6 +20,7 @@ from launcher.errors import (
     SpecError,
     UnreachableError,
     UnsupportedError,
+    nearest,
 )
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ class Account:
             return session(self.profile, self._access.region)
         except UnsupportedError:
             raise UnsupportedError("the sagemaker backend needs boto3: pip install 'cvlaunch[sagemaker]'") from None
+        except SpecError as error:
+            raise SpecError(error.message, key="profile" if self.profile else None) from error
 
     def client(self, service: str) -> Any:
         """boto3's, for what `call` can't do."""
@@ -294,7 +297,8 @@ class Account:
         """No answer came."""
         kind = type(error).__name__
         if kind == "ParamValidationError":
-            return SpecError(f"{str(error).splitlines()[-1]}: correct it", key="overlay")
+            wrong = _MEMBERS.sub(lambda found: found[1] + nearest(found[2], found[3].split(", ")), str(error))
+            return SpecError(f"{wrong.splitlines()[-1]}: correct it", key="overlay")
         if kind == "SSLError" and "CERTIFICATE_VERIFY_FAILED" in str(error):
             return SpecError(
                 f"the certificate of AWS ({service}, {self.where}) is not trusted here: {error}: name the authority "
@@ -328,7 +332,7 @@ class Account:
             return ConflictError(message)
         if code == _QUOTA:
             return CapacityError(message)
-        return SpecError(f"AWS refuses it ({error.operation_name}): {message}")
+        return SpecError(f"AWS refuses it ({error.operation_name}): {_ENUM.sub(_nearest_of, message)}")
 
     @property
     def _login(self) -> str:
@@ -356,6 +360,16 @@ def _pauses(attempts: int) -> Iterator[float]:
     """Between them: at most 1, 2, 4, … seconds, so that many who were sent away don't come back together."""
     for number in range(attempts - 1):
         yield random.uniform(0, min(2.0**number, _LONGEST_PAUSE_S))  # noqa: S311 nothing secret
+
+
+_MEMBERS = re.compile(r"(Unknown parameter in [^:]+: \"([^\"]*)\"), must be one of: ([\w, ]+)")
+_ENUM = re.compile(r"(Value '(?P<value>[^']*)' at .*?enum value set: )\[(?P<words>[^\]]{200,})\]", re.DOTALL)
+
+
+def _nearest_of(found: re.Match[str]) -> str:
+    """AWS lists all that there is, such as three hundred instance types."""
+    words = found["words"].split(", ")
+    return f"{found[1]}[{words[0]}, … {len(words)} in all]{nearest(found['value'], words)}"
 
 
 def _words(error: Any) -> tuple[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from launcher.backends.base import BaseTarget
+from launcher.backends.base import BaseTarget, Url
+from launcher.errors import nearest
+from launcher.quantities import format_duration
 from launcher.sagemaker.client import Access
 from launcher.spec import Duration, Whole
 
@@ -15,6 +18,8 @@ __all__ = ["SageMakerTarget"]
 InputMode = Literal["File", "FastFile"]
 
 _DAY = 24 * 3600.0
+_LONGEST = {"max_runtime": 28 * _DAY, "keep_alive": 6 * 3600.0}
+_SERVICES = ("sagemaker", "logs", "sts", "iam", "ecr", "s3", "service-quotas")
 
 
 class SageMakerTarget(BaseTarget):
@@ -32,14 +37,12 @@ class SageMakerTarget(BaseTarget):
     input_mode: InputMode = Field("File", description="File copies data before the start, FastFile reads it when asked")
     input_modes: dict[str, InputMode] = Field({}, description="of single channels: {train: FastFile}")
     max_runtime: Duration = Field(
-        5 * _DAY, le=28 * _DAY, description="of jobs without a timeout; five days is what new accounts may have"
+        5 * _DAY, description="of jobs without a timeout; five days is what new accounts may have"
     )
     spot_wait: Duration = Field(
         _DAY, description="how long a spot job without max_wait may wait, besides its running time"
     )
-    keep_alive: Duration | None = Field(
-        None, le=6 * 3600, description="warm pool: how long instances stay after a job: 30m"
-    )
+    keep_alive: Duration | None = Field(None, description="warm pool: how long instances stay after a job: 30m")
     subnets: tuple[str, ...] = Field((), max_length=16, description="of your VPC; with security_groups")
     security_groups: tuple[str, ...] = Field((), max_length=5, description="of your VPC; with subnets")
     network_isolation: bool = Field(
@@ -55,9 +58,39 @@ class SageMakerTarget(BaseTarget):
         0, ge=0, le=30, description="how often SageMaker starts a job again after an internal error of its own"
     )
     tags: dict[str, str] = Field({}, description="further tags of each job: {team: vision}")
-    endpoints: dict[str, str] = Field(
-        {}, description="URL by service (sagemaker, logs, sts, iam, ecr, s3, service-quotas), as for VPC endpoints"
-    )
+    endpoints: dict[str, Url] = Field({}, description=f"URL by service ({', '.join(_SERVICES)}), as for VPC endpoints")
+
+    @field_validator("region")
+    @classmethod
+    def _region_is_a_name(cls, region: str | None) -> str | None:
+        """It becomes part of host names."""
+        if region is not None and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", region):
+            raise ValueError(f"expected a region such as eu-west-1, found {region!r}")
+        return region
+
+    @field_validator("max_runtime", "keep_alive")
+    @classmethod
+    def _fits(cls, seconds: float | None, info: ValidationInfo) -> float | None:
+        most = _LONGEST[info.field_name or ""]
+        if seconds is not None and seconds > most:
+            raise ValueError(f"SageMaker takes {format_duration(most)} at most, not {format_duration(seconds)}")
+        return seconds
+
+    @field_validator("tags")
+    @classmethod
+    def _tags_are_not_ours(cls, tags: dict[str, str]) -> dict[str, str]:
+        for name in tags:
+            if name.startswith("cvlaunch-"):
+                raise ValueError(f"a run is found by its tags, {name!r} and others: choose another name")
+        return tags
+
+    @field_validator("endpoints")
+    @classmethod
+    def _services_are_known(cls, endpoints: dict[str, str]) -> dict[str, str]:
+        for name in endpoints:
+            if name not in _SERVICES:
+                raise ValueError(f"{name!r} is none of {', '.join(_SERVICES)}{nearest(name, _SERVICES)}")
+        return endpoints
 
     @model_validator(mode="after")
     def _vpc_is_whole(self) -> Self:

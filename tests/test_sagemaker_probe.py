@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -66,9 +67,20 @@ def asked(**changes: Any) -> Asked:
     return Asked(**{**usual, **changes})
 
 
-def problems(asking: Asked, **keys: Any) -> list[Problem]:
+def account_of(given: SageMakerTarget) -> Account:
+    """Without pauses."""
+    return Account(given.access, "aws", sleep=lambda _: None)
+
+
+@functools.cache
+def usual_account() -> Account:
+    """With the environment's keys, for tests that don't disturb these: botocore reads its files once."""
+    return account_of(target())
+
+
+def problems(asking: Asked, *, account: Account | None = None, **keys: Any) -> list[Problem]:
     found = target(**keys)
-    return list(check_job(Account(found.access, "aws"), found, asking))
+    return list(check_job(account or account_of(found), found, asking))
 
 
 def only(found: list[Problem]) -> Problem:
@@ -205,7 +217,7 @@ def test_what_a_job_finds_missing(
 ) -> None:
     prepare(ready)
     thing, fatal, words = expected
-    found = only(problems(asked(**changes), **keys))
+    found = only(problems(asked(**changes), account=usual_account(), **keys))
     assert (found.thing, found.fatal) == (thing, fatal)
     for part in words:
         assert part in found.message
@@ -268,7 +280,7 @@ def test_an_assumed_role_is_asked_about_as_the_role(ready: AwsCloud, monkeypatch
     for name, value in (("ACCESS_KEY_ID", keys.access_key), ("SECRET_ACCESS_KEY", keys.secret_key),
                         ("SESSION_TOKEN", keys.token)):  # fmt: skip
         monkeypatch.setenv(f"AWS_{name}", value)
-    assert caller_of(Account(target().access)).arn == "arn:aws:sts::123456789012:assumed-role/worker/ada"
+    assert caller_of(account_of(target())).arn == "arn:aws:sts::123456789012:assumed-role/worker/ada"
     assert problems(asked()) == []
     assert ready.lookups.asked[0] == "arn:aws:iam::123456789012:role/worker"
 
@@ -323,7 +335,7 @@ def test_whom_aws_does_not_know_gets_one_error(
     with pytest.raises(error, match=re.escape(words)):
         problems(asked())
     with pytest.raises(error, match=re.escape(words)):
-        probe(Account(target().access, "aws"), target())
+        probe(account_of(target()), target())
 
 
 # -- quotas that a submission went over
@@ -331,7 +343,7 @@ def test_whom_aws_does_not_know_gets_one_error(
 
 def test_a_quota_that_is_full_comes_with_its_command(aws: AwsCloud) -> None:
     quota = Quota("ml.g5.xlarge for training job usage", 2.0, 1.0, 2.0)
-    said = quota_remedy(Account(target().access, "aws"), quota)
+    said = quota_remedy(account_of(target()), quota)
     assert said.startswith(
         "the quota 'ml.g5.xlarge for training job usage' is 2 in eu-west-1, 1 are in use, and this needs 2 more: wait "
         "until others have ended, or ask for more: `aws service-quotas request-service-quota-increase --service-code "
@@ -343,7 +355,7 @@ def test_a_quota_that_is_full_comes_with_its_command(aws: AwsCloud) -> None:
 
 def test_who_may_not_list_quotas_gets_the_command_that_finds_the_code(aws: AwsCloud) -> None:
     aws.fail("ListServiceQuotas", "AccessDeniedException", "no", times=None)
-    said = quota_remedy(Account(target().access, "aws"), Quota("ml.p5.48xlarge for training job usage", 0.0, 0.0, 1.0))
+    said = quota_remedy(account_of(target()), Quota("ml.p5.48xlarge for training job usage", 0.0, 0.0, 1.0))
     raising, finding = re.findall(r"`(aws [^`]+)`", said)
     assert "--quota-code CODE --desired-value 1" in raising
     assert shlex.split(finding)[1:7] == ["service-quotas", "list-service-quotas", "--service-code", "sagemaker",
@@ -361,7 +373,7 @@ def test_a_probe_sees_what_there_is(ready: AwsCloud) -> None:
     ready.quota(TYPE, 2)
     ready.quota(TYPE, 1, spot=True)
     ready.quota_value("Longest run time for a training job", 432000)
-    found = probe(Account(target().access, "aws"), target())
+    found = probe(account_of(target()), target())
     assert (found.region, found.account, found.user) == (REGION, "123456789012", USER)
     assert (found.role, found.trusted, found.bucket_region, found.logs) == (ROLE, True, REGION, False)
     assert [(q.name, q.gpus, q.on_demand, q.spot, q.warm_pool) for q in found.quotas or ()] == [
@@ -383,7 +395,7 @@ def test_a_probe_says_what_is_missing_and_goes_on(ready: AwsCloud) -> None:
     ready.fail("ListTrainingJobs", "AccessDeniedException", f"User: {USER} is not authorized to perform: "
                "sagemaker:ListTrainingJobs", times=None)  # fmt: skip
     lacking = target(role=ROLE.replace("prober", "other"), output="s3://probed-none/runs")
-    found = probe(Account(lacking.access, "aws"), lacking)
+    found = probe(account_of(lacking), lacking)
     assert found.trusted is False
     assert [(problem.thing, problem.fatal) for problem in found.problems] == [
         ("role", True), ("output", True), ("SageMaker", True), ("quotas", False)
@@ -395,7 +407,7 @@ def test_a_probe_says_what_is_missing_and_goes_on(ready: AwsCloud) -> None:
 
 def test_a_probe_of_a_target_with_nothing_in_it(ready: AwsCloud) -> None:
     bare = SageMakerTarget(region=REGION)
-    found = probe(Account(bare.access, "aws"), bare)
+    found = probe(account_of(bare), bare)
     assert {problem.thing: problem.fatal for problem in found.problems} == {"role": True, "output": False}
     assert [service.name for service in found.services] == ["STS", "SageMaker", "CloudWatch Logs", "Service Quotas"]
 
@@ -614,6 +626,6 @@ def test_where_an_identity_comes_from(profiles: None, profile: str) -> None:
 
 
 def test_a_service_that_is_not_aws_is_no_traceback(ready: AwsCloud) -> None:
-    account = Account(target(endpoints={"iam": f"{ready.endpoint}/nowhere"}).access, "aws").hasty()
+    account = account_of(target(endpoints={"iam": f"{ready.endpoint}/nowhere"})).hasty()
     with pytest.raises((UnreachableError, SpecError, MissingError)):
         account.call("iam", "get_role", RoleName="prober")

@@ -59,7 +59,7 @@ def test_a_call_that_never_arrives_is_in_doubt_and_then_not_submitted(site: Sage
     assert isinstance(error, UnreachableError)
     assert f"whether {run.id} was submitted is not known" in str(error)
     assert f"cvlaunch submit --resume {run.id}" in str(error)
-    for later, state in ((0, State.SENDING), (59, State.SENDING), (61, State.NOT_SUBMITTED)):
+    for later, state in ((0, State.SENDING), (30, State.SENDING), (61, State.NOT_SUBMITTED)):
         look(later)
         assert Run(run.id).record.state is state
     site.cloud.heal()
@@ -296,7 +296,7 @@ def test_requests_before_a_job_is_made(site: SageMakerSite) -> None:
     job = {"data": {channel: f"s3://{site.bucket}/{channel}" for channel in ("train", "val")}}
     asked = site.asked(lambda: site.send({}, job))
     assert sorted(asked) == [CREATE, "GetObject", "GetObject", "PutObject"] and asked[-1] == CREATE
-    asked = site.asked(lambda: site.send())
+    asked = site.asked(site.send)
     assert asked == ["PutObject", CREATE]
     body = site.cloud.posted(runs()[0].id)
     assert json.loads(site.cloud.account.read(site.bucket, f"runs/{body['TrainingJobName']}/input/config/job.json"))

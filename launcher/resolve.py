@@ -326,7 +326,9 @@ class _Resolver:
             record = self.ledger.find(run_id)
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from None
-        folder = join_uri(record.output, record.run_id)
+        folder = record.folder
+        if record.made_elsewhere:
+            return join_uri(folder, path)
         packed = self._packed_model(name, folder) if path.rstrip("/") in ("", "model") else None
         return join_uri(folder, packed or path or "model")
 

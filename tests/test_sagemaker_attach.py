@@ -25,6 +25,7 @@ from launcher import (
     Status,
     UnsupportedError,
     attach,
+    render,
     runs,
     submit,
 )
@@ -449,6 +450,13 @@ def test_all_who_take_it_in_call_it_the_same(project: Path, aws: AwsCloud) -> No
     assert mine.id == attach(SDK_NAME, target="aws", ledger=other_ledger).id
     assert mine.id == attach(aws.job(SDK_NAME)["TrainingJobArn"], target="aws").id
     assert mine.id < another.id
+
+
+def test_its_results_are_data_for_other_jobs(project: Path, aws: AwsCloud) -> None:
+    run = attach(foreign(aws), target="aws")
+    text = render("job.yaml", target="aws", settings=[f"data.init=run://{run.id}", f"data.x=run://{run.id}/model"]).text
+    channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in json.loads(text)["InputDataConfig"]}
+    assert channels == {"init": f"{run.output}/", "x": f"{run.output}/model/"}
 
 
 def test_it_can_t_be_sent_again(project: Path, aws: AwsCloud) -> None:

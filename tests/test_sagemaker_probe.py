@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import re
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+import launcher.backends
+import launcher.sagemaker
 from launcher.backends.base import Problem
 from launcher.errors import AuthError, SpecError, UnreachableError
 from launcher.sagemaker.catalogue import INSTANCES
@@ -174,7 +177,7 @@ BAD: dict[str, tuple[Callable[[AwsCloud], object], dict[str, Any], dict[str, Any
         "`aws ecr list-images --repository-name vision/probed --region eu-west-1` lists what is there",
     ])),
     "image digest missing": (nothing, {"image": f"{REPOSITORY}@sha256:{'0' * 64}"}, {}, ("image", True, [
-        f"there is no {REPOSITORY}@sha256:0000",
+        f"there is no {REPOSITORY}@sha256:0000", f"push it: `cvlaunch image push IMAGE {REPOSITORY}`",
     ])),
     "image for ARM": (lambda cloud: cloud.serve_image(f"{REPOSITORY}:arm", image="none", architecture="arm64"),
         {"image": f"{REPOSITORY}:arm"}, {}, ("image", True, [
@@ -501,6 +504,29 @@ def test_the_submitter_may_do_what_cvlaunch_does() -> None:
     assert found["Registry"]["Resource"] == ["arn:aws:ecr:eu-west-1:123456789012:repository/vision/probed"]
     assert "ecr:PutImage" in found["Registry"]["Action"]
     assert "Registry" not in statements(POLICIES["china"]["submitter"])
+
+
+def calls_in(path: Path) -> Iterator[tuple[str, str]]:
+    """(service, operation) of all calls of AWS that stand in a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            words = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("call", "pages") and len(words) >= 2:
+                yield words[0], words[1]
+            elif name == "_Ask":
+                yield words[-2], words[-1]
+
+
+def test_no_call_is_made_that_the_submitter_may_not_make() -> None:
+    modules = [*Path(launcher.sagemaker.__path__[0]).glob("*.py"), Path(launcher.backends.__path__[0], "sagemaker.py")]
+    made = {call for path in modules for call in calls_in(path)}
+    assert len(made) >= 15
+    wanted = {f"{service.replace('-', '')}:{''.join(map(str.capitalize, name.split('_')))}" for service, name in made}
+    allowed = {action for s in POLICIES["usual"]["submitter"]["Statement"] for action in s["Action"]}
+    asked_in_vain = {"sts:GetCallerIdentity", "iam:SimulatePrincipalPolicy", "s3:HeadBucket"}
+    """The first is everybody's; without the others something is not looked at, or in another way."""
+    assert wanted - allowed == asked_in_vain
 
 
 def test_the_role_may_do_what_the_runner_and_the_platform_do() -> None:

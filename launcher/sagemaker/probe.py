@@ -241,14 +241,13 @@ class _Look:
             )
             return
         if region != account.region:
-            other = f"region: {region} in the target"
+            way = (
+                f"copy it to a bucket of {account.region}" if key != "output" else f"name a bucket of {account.region}"
+            )
             yield Problem(
                 key,
                 f"bucket {name} is in {region} and the job in {account.region}, and SageMaker wants both in the same "
-                f"region: copy it to a bucket of {account.region}, or run there: {other}"
-                if key.startswith("data.")
-                else f"bucket {name} is in {region} and the job in {account.region}, and SageMaker wants both in the "
-                f"same region: name a bucket of {account.region}, or run there: {other}",
+                f"region: {way}, or run there: region: {region} in the target",
             )
 
     def image(self, reference: str | None) -> Iterator[Problem]:
@@ -436,7 +435,8 @@ def _region_of(bucket: str, account: Account) -> str:
 
 
 def _registry(reference: str) -> str:
-    return reference.partition("@")[0].rpartition(":")[0] or reference
+    """Of an image of ECR, whose host has no port: without tag and digest."""
+    return reference.partition("@")[0].partition(":")[0]
 
 
 def _not_in_ecr(reference: str, target: SageMakerTarget, account: Account) -> str:
@@ -456,11 +456,8 @@ def _no_repository(image: EcrImage, account: Account) -> str:
 
 
 def _no_image(image: EcrImage, reference: str, account: Account) -> str:
-    registry = f"{image.account}.dkr.ecr.{image.region}.amazonaws.com/{image.repository}"
     words = ("ecr", "list-images", "--repository-name", image.repository)
-    return (
-        f"there is no {reference}: push it: {_PUSH.format(registry)}; {_command(account, *words)} lists what is there"
-    )
+    return f"there is no {reference}: push it: {_PUSH.format(_registry(reference))}; {_command(account, *words)} lists what is there"
 
 
 def _manifest(image: EcrImage, account: Account) -> Json | None:

@@ -15,11 +15,21 @@ from launcher import Run, State, render, submit
 from launcher.ledger import Ledger
 from launcher.targets import load_targets
 from launcher.testing.conformance import text_of
-from tests.trainings import at_home, digits, in_training, resumed_in_the_middle, series, tagged, train, write_target
+from tests.trainings import (
+    at_home,
+    digits,
+    in_training,
+    rank_0_port,
+    resumed_in_the_middle,
+    series,
+    tagged,
+    train,
+    write_target,
+)
 from tests.worlds.kubernetes import KubernetesWorld, kubernetes_world
 from tests.worlds.real_cluster import REAL, RealWorld
 
-__all__ = ["at_home", "digits"]
+__all__ = ["at_home", "digits", "rank_0_port"]
 
 pytestmark = pytest.mark.needs(*(("podman", "debootstrap") if REAL is None else ()))
 
@@ -87,6 +97,7 @@ def test_an_evicted_training_ends_with_the_same_numbers(
     assert run.record.plan["job_digest"] == at_home(**LONGER).record.plan["job_digest"], "its image is not pinned"
 
 
+@pytest.mark.usefixtures("rank_0_port")
 def test_two_nodes_train_as_two_processes_at_home(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:

@@ -12,10 +12,10 @@ from launcher import Run, State, render
 from launcher.ledger import Ledger
 from launcher.metrics import Metrics
 from launcher.testing.conformance import text_of
-from tests.trainings import at_home, digits, in_training, resumed_in_the_middle, series, tagged, train
+from tests.trainings import at_home, digits, in_training, rank_0_port, resumed_in_the_middle, series, tagged, train
 from tests.worlds.sagemaker import SageMakerWorld, sagemaker_world
 
-__all__ = ["at_home", "digits"]
+__all__ = ["at_home", "digits", "rank_0_port"]
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
 
@@ -91,6 +91,7 @@ def test_an_interrupted_spot_training_ends_with_the_same_numbers(
     assert run.record.plan["job_digest"] == at_home(**LONGER).record.plan["job_digest"], "its image is not pinned"
 
 
+@pytest.mark.usefixtures("rank_0_port")
 def test_two_instances_train_as_two_processes_at_home(
     digits: Path, world: SageMakerWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:

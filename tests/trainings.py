@@ -28,6 +28,7 @@ __all__ = [
     "at_home",
     "digits",
     "in_training",
+    "rank_0_port",
     "resumed_in_the_middle",
     "series",
     "tagged",
@@ -67,6 +68,13 @@ def at_home(digits: Path) -> Callable[..., Run]:
         return run
 
     return lambda **changes: trained(tuple(changes.items()))
+
+
+@pytest.fixture
+def rank_0_port() -> Iterator[None]:
+    """For two nodes that stand on this machine: one job at a time can have rank 0's port."""
+    with locked("rank-0-port"):
+        yield
 
 
 def write_target(folder: Path, target: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
             "warnings": [],
         },
         job={
-            "spec": {} if found.elsewhere else _spec(job).model_dump(mode="json"),
+            "spec": {} if found.elsewhere else _spec(job, has_runner=found.has_runner).model_dump(mode="json"),
             "folder": str(Path.cwd()),
             "job_file": job.to_json(),
             "image": job.image,
@@ -102,7 +102,7 @@ def _output(written: str, reached_by: str | None) -> str:
     return written
 
 
-def _spec(job: JobFile) -> JobSpec:
+def _spec(job: JobFile, *, has_runner: bool) -> JobSpec:
     """The job as one would write it for this target, so that it can be sent again."""
     resources: dict[str, Any] = {
         "nodes": job.nodes,
@@ -117,6 +117,7 @@ def _spec(job: JobFile) -> JobSpec:
         {
             "name": job.name,
             "image": (job.image or {}).get("reference"),
+            "runner": "auto" if has_runner else "none",
             "command": list(job.command) if job.command else None,
             "train": train,
             "env": dict(job.env),

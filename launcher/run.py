@@ -110,7 +110,7 @@ def render(
 
 
 def attach(name: str, *, target: str | None = None, backend: str | None = None, ledger: Ledger | None = None) -> Run:
-    """A run that somebody else has sent: a rendered script by hand, a colleague's.
+    """A run that somebody else has sent: a rendering by hand, a colleague's, a job of SageMaker made elsewhere.
 
     name: its run id, or the platform's own id of the job. SpecError if there is none.
     """

@@ -140,6 +140,17 @@ def test_a_colleague_s_run_is_the_same_run(project: Path, aws: AwsCloud) -> None
     assert (ours.status().state, ours.status().exit_code) == (State.FAILED, 3)
 
 
+def test_a_foreign_image_stays_one(project: Path, aws: AwsCloud) -> None:
+    (project / "job.yaml").write_text(
+        yaml.safe_dump({"name": "x", "image": IMAGE, "runner": "none", "env": {"A": "1"}})
+    )
+    sent = theirs(project, "shared-2")
+    ours = attach("shared-2", target="aws")
+    assert ours.record.job["spec"]["runner"] == "none"
+    assert json.loads(ours.record.plan["text"]) == json.loads(sent.record.plan["text"])
+    assert sent.diff(ours).identical
+
+
 def test_of_a_run_that_was_resumed_the_newest_job_is_taken_and_the_next_is_the_third(
     project: Path, aws: AwsCloud
 ) -> None:

@@ -296,12 +296,14 @@ class Adopted:
     """A job that somebody else has sent.
 
     text: what was sent. job: its job.json; of one that was made elsewhere what is known of it, without a run id.
-    attempt: which submission of the run it is. notes: for people.
+    has_runner: False for a foreign image of ours (`runner: none`). attempt: which submission of the run it is.
+    notes: for people.
     """
 
     handle: Handle
     text: str
     job: JobFile
+    has_runner: bool = True
     attempt: int = 1
     elsewhere: Elsewhere | None = None
     notes: tuple[str, ...] = ()

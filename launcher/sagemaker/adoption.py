@@ -134,7 +134,7 @@ def adopt_own(handle: Handle, job: Json, tags: Mapping[str, str], *, store: Stor
     sent["TrainingJobName"] = described.run_id
     sent.get("Environment", {}).pop(SUBMISSION, None)
     attempt = attempt_of(handle.native, described.run_id) or submission_of(job)
-    return Adopted(handle, _text(sent), described, attempt)
+    return Adopted(handle, _text(sent), described, has_runner(job), attempt)
 
 
 def _job_file(job: Json, store: Store) -> JobFile:

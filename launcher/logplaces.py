@@ -222,6 +222,7 @@ class Reading(Generic[_Of]):
         """From about the place that we are at."""
         place = self._places.get(piece.node)
         since = place[1] if place and place[0] == piece.attempt else None
+        piece.reached = None
         lines = itertools.chain(piece.before, self._source.window(piece, since))
         yield from self._given(piece, self._beyond(piece.node, lines))
         piece.before, piece.reached = (), self._places.get(piece.node)

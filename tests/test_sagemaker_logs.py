@@ -70,7 +70,8 @@ def streams(aws: AwsCloud) -> Iterator[Streams]:
 
 @pytest.fixture
 def account(aws: AwsCloud) -> Account:
-    return Account(Access(region=aws.region, endpoints={"logs": aws.endpoint}), sleep=lambda _: None)
+    """One that repeats no call: who reads logs is told at once what goes wrong."""
+    return Account(Access(region=aws.region, endpoints={"logs": aws.endpoint}), attempts=1)
 
 
 @pytest.fixture
@@ -237,8 +238,8 @@ def test_many_hosts(streams: Streams, read: Read) -> None:
 def test_what_no_runner_tagged_has_the_event_s_time(account: Account, streams: Streams) -> None:
     """A job that was made elsewhere: no store, and each start of an instance is an attempt."""
     for number in range(6):
-        streams.say(f"line {number}", at=number // 2)
-    streams.say("again", epoch=20, at=20)
+        streams.say(f"line {number}", epoch=9, at=number // 2)
+    streams.say("again", epoch=10, at=20)
 
     def read(since: str = "") -> list[LogLine]:
         return list(run_logs(account, streams.job, lambda: None, since=since, has_runner=False))
@@ -448,11 +449,14 @@ def test_where_we_may_not_read_logs_the_store_serves_alone(
 ) -> None:
     """While the job runs, too; from a cursor of CloudWatch's lines, even if the store has not come so far yet."""
     folder.put(*ONE)
+    folder.put(*TWO, attempt=2)
     streams.say(*ONE)
+    streams.say(*TWO, epoch=2)
     whole = read()
     text = f"User: arn:aws:iam::123456789012:user/me is not authorized to perform: logs:{operation}"
     streams.aws.fail(operation, "AccessDeniedException", text, times=None)
     assert check_resuming(read) == whole
+    folder.store.delete(["output/logs/attempt-2.node-0.log"])
     folder.put(*ONE[:3])
     grow = [lambda: folder.put(*ONE[:6]), wait, lambda: folder.put(*ONE), lambda: folder.put(*TWO, attempt=2)]
     found = followed(read, *grow, since=whole[4].cursor)
@@ -478,19 +482,22 @@ def test_keys_that_have_expired_are_not_passed_over(streams: Streams, read: Read
         read()
 
 
-def test_a_throttled_call_is_made_again(streams: Streams, read: Read) -> None:
+def test_throttling_in_the_middle(streams: Streams, read: Read) -> None:
+    """It passes."""
     streams.say(*ONE)
-    streams.aws.throttle("GetLogEvents", times=1)
-    assert texts(read(page=4)) == texts(parsed(ONE))
+
+    def storm() -> None:
+        streams.aws.throttle("*", times=3)
+
+    assert texts(followed(read, wait, storm, *[wait] * 5, page=3)) == texts(parsed(ONE))
 
 
 def test_a_service_that_is_away(streams: Streams, read: Read) -> None:
     """A follower bears it for a while; whoever asks once is told."""
     streams.say(*ONE[:6])
 
-    def away(looks: int) -> Callable[[], None]:
-        """A look asks ten times."""
-        return lambda: streams.aws.fail("GetLogEvents", "ServiceUnavailableException", "later", times=10 * looks)
+    def away(times: int) -> Callable[[], None]:
+        return lambda: streams.aws.fail("GetLogEvents", "ServiceUnavailableException", "later", times=times)
 
     found = followed(read, away(2), wait, wait, away(3), lambda: streams.say(*ONE[6:]), *[wait] * 4, page=3)
     assert texts(found) == texts(parsed(ONE))
@@ -522,16 +529,32 @@ def test_a_page_that_fails_in_the_middle(streams: Streams, read: Read, account: 
         assert found == (whole[6:] if since else whole)
 
 
-def test_a_token_that_has_expired(streams: Streams, read: Read) -> None:
-    """They last 24 hours: the stream is read again from about the last line on."""
-    stale = "The specified nextToken is invalid."
+@pytest.mark.parametrize("failing", range(4))
+def test_a_token_that_has_expired(streams: Streams, read: Read, account: Account, failing: int) -> None:
+    """They last 24 hours: the stream is read again from about the last line on, whichever page fails then."""
+    fails = 0
+    given: set[str] = set()
+    expired: set[str] = set()
+
+    def ask(params: dict[str, Any], **_: Any) -> None:
+        nonlocal fails
+        fails -= 1
+        if fails == 0:
+            streams.aws.fail("GetLogEvents", "ServiceUnavailableException", "later")
+        if params.get("nextToken") in expired:
+            params["nextToken"] = "expired"
+            expired.clear()
+            fails = failing
+        given.add(params.get("nextToken", ""))
 
     def expire() -> None:
-        streams.aws.fail("GetLogEvents", "InvalidParameterException", stale)
+        expired.update(given - {""})
 
+    account.client("logs").meta.events.register("before-parameter-build.logs.GetLogEvents", ask)
     streams.say(*ONE[:6])
-    steps = (wait, expire, wait, lambda: (streams.say(*ONE[6:]), expire()), wait)
-    assert texts(followed(read, *steps)) == texts(parsed(ONE))
+    steps = (wait, expire, wait, lambda: (streams.say(*ONE[6:]), expire()), wait, wait)
+    assert texts(followed(read, *steps, page=2)) == texts(parsed(ONE))
+    assert "expired" in given
     streams.aws.fail("GetLogEvents", "InvalidParameterException", "limit", times=1)
     with pytest.raises(SpecError, match="limit"):
         read()

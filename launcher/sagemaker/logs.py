@@ -35,8 +35,10 @@ _LOOK_S, _SELDOM_S = 5.0, 30.0
 _GRACE_S = 5.0
 """CloudWatch may show the last lines so long after a job's end."""
 _TROUBLES = 3
-"""So many rounds in a row that fail are borne; botocore has tried each call ten times by then."""
+"""So many rounds in a row that fail are borne; each call has been made several times by then."""
 _DENIED = ("AccessDenied", "AccessDeniedException")
+_STALE = "InvalidParameterException"
+"""Of a token from an earlier pass: they last 24 hours."""
 _LAST_WORD = re.compile(r"[A-Z_]+, exit code -?\d+")
 
 
@@ -210,8 +212,14 @@ class _Streams:
 
     def _lines(self, piece: _Piece, stream: _Stream, *, limit: int) -> Iterator[tuple[float, LogLine]]:
         """(time of the event in Unix seconds, line, without time if no runner wrote it), up to the last."""
+        known = stream.token
         while True:
-            answer = self._ask(stream, limit)
+            try:
+                answer = self._ask(stream, limit)
+            except SpecError as error:
+                if known and stream.token == known and _refusal(error) == _STALE:
+                    raise StaleError from error
+                raise
             for event in answer["events"]:
                 text = event["message"].removesuffix("\n")
                 yield event["timestamp"] / 1000, parse_line(text, attempt=piece.attempt, node=piece.node)
@@ -225,12 +233,7 @@ class _Streams:
             where["startTime"] = stream.since
         if stream.token is not None:
             where["nextToken"] = stream.token
-        try:
-            return self._account.call("logs", "get_log_events", limit=limit, **where)
-        except SpecError as error:
-            if stream.token is not None and _refusal(error) == "InvalidParameterException":  # they last 24 hours
-                raise StaleError from error
-            raise
+        return self._account.call("logs", "get_log_events", limit=limit, **where)
 
 
 def _refusal(error: CvlaunchError) -> str:

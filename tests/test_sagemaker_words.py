@@ -92,7 +92,8 @@ def test_every_word_of_the_model_has_a_state(status: str) -> None:
 )
 def test_a_word_of_a_later_version_is_no_end(status: str, phase: str, native: str) -> None:
     found = status_of(job(status, phase), None)
-    assert (found.state, found.native) == (State.STOPPING if status == "Stopping" else State.UNKNOWN, native)
+    state = {"InProgress": State.RUNNING, "Stopping": State.STOPPING}.get(status, State.UNKNOWN)
+    assert (found.state, found.native) == (state, native), "one that is unknown for ten minutes would be lost"
     assert not found.state.terminal
     assert summary_status({"TrainingJobStatus": status}).state.terminal is False
 
@@ -124,7 +125,7 @@ def test_times_are_seconds() -> None:
         ("Downloading", "Downloading input data", State.STARTING, "data is being copied"),
         ("Training", "Downloading the training image", State.RUNNING, ""),
         ("Uploading", "Uploading generated training model", State.FINALIZING, "packed and copied"),
-        ("Thinking", "Thinking about it", State.UNKNOWN, "SageMaker says Thinking: Thinking about it"),
+        ("Thinking", "Thinking about it", State.RUNNING, "SageMaker says Thinking: Thinking about it"),
     ],
 )
 def test_messages_of_a_job_that_goes_on(phase: str, message: str, state: State, said: str) -> None:

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from botocore.exceptions import ClientError
     from obstore.store import S3Config, S3Credential
 
-__all__ = ["Provider", "ecr_login", "obstore_credentials", "parameter", "secret", "session", "translated"]
+__all__ = [
+    "Provider",
+    "ecr_login",
+    "obstore_credentials",
+    "parameter",
+    "s3_endpoint",
+    "secret",
+    "session",
+    "translated",
+]
 
 _ECR = re.compile(r"(\d{12})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
 """https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
@@ -43,7 +52,7 @@ _GOOD_FOR = timedelta(minutes=10)
 
 _LOGIN = ("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "SSOError")
 _LOGIN_CONSOLE = ("LoginRefreshRequired", "LoginTokenLoadError", "LoginError")
-_REFUSED = ("CredentialRetrievalError", "PartialCredentialsError", "NoCredentialsError", "MissingDependencyException")
+_REFUSED = ("CredentialRetrievalError", "PartialCredentialsError", "MissingDependencyException")
 _OFFLINE = ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError")
 
 
@@ -86,15 +95,50 @@ def obstore_credentials(profile: str | None = None, *, environ: Mapping[str, str
     if profile is None and not _configured(environ) and not _has_boto3():
         return None
     profile = profile or environ.get("AWS_PROFILE")
+    identity = _identity(profile, environ)
+    provider = _ROLES.get(identity) or _provider(profile)
+    provider()  # an expired login is reported here, in our words, not from inside a transfer
+    if hasattr(provider.inner.credentials, "refresh_needed"):
+        _ROLES[identity] = provider
+    return provider
+
+
+_ROLES: dict[tuple[object, ...], Provider] = {}
+"""Of roles and logins, which are asked for once, not for every store: they may ask for a code of somebody's MFA."""
+
+
+def _identity(profile: str | None, environ: Mapping[str, str]) -> tuple[object, ...]:
+    """What says who that is: other files or variables may mean another."""
+    files = tuple((str(path), path.stat().st_mtime_ns) for path in _files(environ))
+    return profile, files, tuple(sorted(item for item in environ.items() if item[0].startswith("AWS_")))
+
+
+def _provider(profile: str | None) -> Provider:
     found = session(profile)
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     with _aws_errors(profile):
         if found.get_credentials() is None:
             raise AuthError(_no_credentials(profile))
-        provider = Provider(Boto3CredentialProvider(found, ttl=_GOOD_FOR), profile)
-    provider()  # an expired login is reported here, in our words, not from inside a transfer
-    return provider
+        return Provider(Boto3CredentialProvider(found, ttl=_GOOD_FOR), profile)
+
+
+def s3_endpoint(profile: str | None = None, *, environ: Mapping[str, str] | None = None) -> str | None:
+    """Where S3 is said to be by the environment, or by the profile, as botocore reads them; None: at AWS."""
+    environ = os.environ if environ is None else environ
+    if said := environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL"):
+        return said
+    if not any("endpoint_url" in path.read_text(errors="replace") for path in _files(environ)):
+        return None
+    import botocore.session
+
+    profile = profile or environ.get("AWS_PROFILE")
+    with _aws_errors(profile):
+        opened = botocore.session.Session(profile=profile)
+        keys: Mapping[str, Any] = opened.get_scoped_config()
+        services = opened.full_config.get("services", {}).get(keys.get("services"), {})
+    found = services.get("s3", {}).get("endpoint_url") or keys.get("endpoint_url")
+    return str(found) if found else None
 
 
 def ecr_login(host: str, profile: str | None = None) -> tuple[str, str] | None:
@@ -280,6 +324,8 @@ def translated(error: Exception, profile: str | None) -> AuthError | Unreachable
         return AuthError(f"the AWS login has expired or was never made: run: aws login{option}")
     if kind in _OFFLINE:
         return UnreachableError(f"AWS did not answer when asked for credentials: {error}")
+    if kind == "NoCredentialsError":
+        return AuthError(_no_credentials(profile))
     if kind in _REFUSED or kind == "ClientError":
         who = f"profile {profile!r}" if profile else "this identity"
         return AuthError(f"AWS gave {who} no credentials: {error}")

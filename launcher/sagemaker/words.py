@@ -44,7 +44,9 @@ _PHASES: Mapping[str, tuple[State, str]] = {
     "Completed": (State.FINALIZING, ""),
     "Failed": (State.FINALIZING, ""),
 }
-"""SecondaryStatus of a job that goes on; AWS says that its words may change."""
+"""SecondaryStatus of a job that goes on, as one with any other word does: AWS says that its words may change."""
+
+_SAYS = "SageMaker says"
 
 _WAITING = re.compile(r"insufficient capacity|waiting for .*capacity|unable to provision", re.IGNORECASE)
 """A message of a job that is Starting, and really waits."""
@@ -104,11 +106,11 @@ def summary_status(job: Mapping[str, Any]) -> Status:
     native = f"{word}/{phase}" if phase and phase != word else word
     ended = _seconds(job.get("TrainingEndTime"))
     if word == "InProgress" or word == "Stopping":
-        state, reason = _PHASES.get(phase, (State.UNKNOWN, f"SageMaker says {phase or word}"))
+        state, reason = _PHASES.get(phase, (State.RUNNING, f"{_SAYS} {phase or word}"))
         if word == "Stopping" and not state.terminal:
             state = State.FINALIZING if phase == "Uploading" else State.STOPPING
         return Status(state, native, reason, started=_seconds(job.get("TrainingStartTime")))
-    state, reason = _ENDS.get((word, phase)) or _ENDS.get((word, "")) or (State.UNKNOWN, f"SageMaker says {word}")
+    state, reason = _ENDS.get((word, phase)) or _ENDS.get((word, "")) or (State.UNKNOWN, f"{_SAYS} {word}")
     return Status(state, native, reason, started=_seconds(job.get("TrainingStartTime")), ended=ended)
 
 
@@ -133,7 +135,7 @@ def _going_on(job: Json, status: Status, attempt: int) -> Status:
         state, reason = State.QUEUED, said
     elif state is State.STARTING and attempt > 1:
         state = State.RESTARTING
-    elif state in (State.QUEUED, State.UNKNOWN) and said:
+    elif said and (state is State.QUEUED or reason.startswith(_SAYS)):
         reason = f"{reason}: {said}" if reason else said
     return Status(state, status.native, reason, started=status.started, attempt=attempt)
 
@@ -142,6 +144,9 @@ def _end(job: Json, status: Status, result: Mapping[str, Any]) -> tuple[State, s
     code = result.get("exit_code")
     if status.state is State.SUCCEEDED:
         return State.SUCCEEDED, _billed(job), 0 if code is None else int(code)
+    if status.state is State.CANCELLED and _waited_in_vain(job, status):
+        state, reason = _ENDS["Stopped", "MaxWaitTimeExceeded"]
+        return state, reason, None
     if status.state is not State.FAILED:
         return status.state, status.reason, None
     failure = str(job.get("FailureReason") or "")
@@ -151,6 +156,15 @@ def _end(job: Json, status: Status, result: Mapping[str, Any]) -> tuple[State, s
     if result.get("state") in (State.FAILED, State.TIMED_OUT, State.CANCELLED) and isinstance(code, int):
         return State(result["state"]), str(result.get("reason") or ""), code
     return _by_words(failure)
+
+
+def _waited_in_vain(job: Json, status: Status) -> bool:
+    """For longer than MaxPendingTimeInSeconds, of which SageMaker says no more than that it has stopped the job."""
+    longest = (job.get("StoppingCondition") or {}).get("MaxPendingTimeInSeconds")
+    created = _seconds(job.get("CreationTime"))
+    if longest is None or created is None or status.ended is None or job.get("TrainingStartTime"):
+        return False
+    return status.ended - created >= float(longest)
 
 
 def _by_words(failure: str) -> tuple[State, str, int | None]:

@@ -182,7 +182,7 @@ def _s3_client(bucket: str, options: StorageOptions, patience_s: float) -> Clien
 
     from launcher.credentials import aws
 
-    endpoint = options.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = options.endpoint or aws.s3_endpoint(options.profile)
     config: S3Config = {"virtual_hosted_style_request": False}
     if endpoint:  # the second, because it would win over the first if it came from the environment
         config["endpoint"] = config["aws_endpoint_url_s3"] = endpoint

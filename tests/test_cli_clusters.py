@@ -244,7 +244,7 @@ def test_probe_shows_an_account(call: Call, account: AwsCloud) -> None:
 
 
 def test_probe_says_what_an_account_lacks(call: Call, account: AwsCloud, tmp_path: Path) -> None:
-    write_aws(tmp_path, role=f"{ROLE}-none", output="s3://clusters-none/runs", registry=REGISTRY)
+    write_aws(tmp_path, role=f"{ROLE}-none", output="s3://clusters-none/runs")
     code, out, _ = call("targets", "probe", "aws")
     words = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0

@@ -408,6 +408,23 @@ def test_a_probe_says_what_is_missing_and_goes_on(ready: AwsCloud) -> None:
     assert "--desired-value 1 --region eu-west-1` is for ml.g5.xlarge" in found.problems[3].message
 
 
+REGISTRIES = {
+    "missing": (
+        REPOSITORY.replace("probed", "none"),
+        "`aws ecr create-repository --repository-name vision/none --region",
+    ),
+    "far": (REPOSITORY.replace("eu-west-1", "us-east-1"), "in us-east-1, and SageMaker pulls images of its own region"),
+}
+
+
+@pytest.mark.parametrize("registry, words", REGISTRIES.values(), ids=REGISTRIES)
+def test_a_registry_that_can_not_be_used(ready: AwsCloud, registry: str, words: str) -> None:
+    given = target(registry=registry)
+    problem = only(list(probe(account_of(given), given).problems))
+    assert (problem.thing, problem.fatal) == ("registry", True)
+    assert words in problem.message
+
+
 def test_a_probe_of_a_target_with_nothing_in_it(ready: AwsCloud) -> None:
     bare = SageMakerTarget(region=REGION)
     found = probe(account_of(bare), bare)

@@ -267,6 +267,21 @@ class _Look:
             return
         yield from self._ecr_image(image, reference)
 
+    def registry(self) -> Iterator[Problem]:
+        """Of the target, for images that are pushed."""
+        image = ecr_image(self.target.registry or "")
+        if image is None:
+            return
+        if image.region != self.account.region:
+            where = f"it is in {image.region}, and SageMaker pulls images of its own region only"
+            yield Problem("registry", f"{where}: name one of {self.account.region}")
+            return
+        which = {"registryId": image.account, "repositoryName": image.repository, "maxResults": 1}
+        try:
+            self.account.call("ecr", "describe_images", **which)
+        except MissingError:
+            yield Problem("registry", _no_repository(image, self.account))
+
     def _ecr_image(self, image: EcrImage, reference: str) -> Iterator[Problem]:
         """Of another account's registry often nothing can be seen, and its policy has to let the role pull."""
         theirs = image.account != self.caller.account
@@ -457,7 +472,8 @@ def _no_repository(image: EcrImage, account: Account) -> str:
 
 def _no_image(image: EcrImage, reference: str, account: Account) -> str:
     words = ("ecr", "list-images", "--repository-name", image.repository)
-    return f"there is no {reference}: push it: {_PUSH.format(_registry(reference))}; {_command(account, *words)} lists what is there"
+    push = _PUSH.format(_registry(reference))
+    return f"there is no {reference}: push it: {push}; {_command(account, *words)} lists what is there"
 
 
 def _manifest(image: EcrImage, account: Account) -> Json | None:
@@ -640,6 +656,7 @@ def _of_target(look: _Look) -> dict[str, Callable[[], Iterable[Problem]]]:
         "role": lambda: look.role(look.target.role),
         "profile": lambda: look.rights(look.target.role),
         "output": lambda: look.bucket("output", output) if output else _no_output(),
+        "registry": look.registry,
     }
 
 
@@ -689,7 +706,7 @@ def _questions(target: SageMakerTarget) -> Iterator[_Ask]:
         yield _Ask("S3", "results and data", "s3", "get_bucket_location", {"Bucket": place[0]}, told=True)
     if image:
         which = {"registryId": image.account, "repositoryName": image.repository, "maxResults": 1}
-        yield _Ask("ECR", "images", "ecr", "describe_images", which)
+        yield _Ask("ECR", "images", "ecr", "describe_images", which, told=True)
     if role:
         yield _Ask("IAM", "checks of the role", "iam", "get_role", {"RoleName": role.name}, told=True)
     few = {"ServiceCode": "sagemaker", "MaxResults": 1}

@@ -285,7 +285,8 @@ def _json_patched(content: Any, patch: Sequence[Any], key: str) -> Any:
     try:
         return jsonpatch.apply_patch(content, patch)
     except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
-        raise SpecError(f"the JSON patch does not apply: {error}", key=key) from error
+        said = re.sub(r" in \{.*", " there", str(error), flags=re.DOTALL)  # it has all of the text
+        raise SpecError(f"the JSON patch does not apply: {said}", key=key) from error
 
 
 def _merge(content: Any, patch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -306,7 +307,8 @@ class SageMakerBackend:
         found: dict[str, Json] = {}
         for group in _groups(names):
             if len(group) > 1:
-                found |= self._newest(group)
+                with contextlib.suppress(AuthError):  # who may not list may well describe
+                    found |= self._newest(group)
         return found
 
     def _newest(self, names: set[str]) -> dict[str, Json]:

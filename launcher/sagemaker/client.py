@@ -278,9 +278,14 @@ class Account:
         except BotoCoreError as error:
             raise self._trouble(error, service) from error
         except ResponseParserError as error:
-            text = f"what answers for AWS ({service}, {self.where}) is not AWS: {error}"
-            raise _SilentError(text) from error
+            raise self._somebody_else(service, str(error)) from error
+        # botocore takes a page of HTML for an answer that says nothing; AWS gives each of its answers an id.
+        if not answer.get("ResponseMetadata", {}).get("RequestId") and len(answer) <= 1:
+            raise self._somebody_else(service, "its answer says nothing")
         return answer
+
+    def _somebody_else(self, service: str, why: str) -> CvlaunchError:
+        return _SilentError(f"what answers for AWS ({service}, {self.where}) is not AWS: {why}: check the way to it")
 
     def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[Json]:
         """The items below `key` of all pages."""

@@ -556,23 +556,27 @@ def _raise(code: str, value: int, account: Account) -> str:
 def quota_remedy(account: Account, quota: Quota) -> str:
     """For a job that SageMaker refused: the quota, its numbers, and the command that asks for more."""
     wanted = max(quota.wanted, 1)
-    said = (
-        f"the quota '{quota.name}' is {quota.value:g} in {account.region}, {quota.used:g} are in use, and this needs "
-        f"{quota.delta:g} more"
-    )
+    said = f"the quota '{quota.name}' is "
+    if quota.name == _LONGEST_RUN:
+        said += (
+            f"{format_duration(quota.value)} in {account.region}, and this job may run for {format_duration(wanted)}: "
+            "write a shorter resources.timeout, or max_runtime in the target"
+        )
+    else:
+        said += (
+            f"{quota.value:g} in {account.region}, {quota.used:g} are in use, and this needs {quota.delta:g} more: "
+            "wait until others have ended"
+        )
     with contextlib.suppress(CvlaunchError, MissingError):
         found = _quotas_named([quota.name], account.hasty()).get(quota.name)
         if found:
-            return f"{said}: wait until others have ended, or ask for more: {_raise(found.code, wanted, account)}"
+            return f"{said}, or ask for more: {_raise(found.code, wanted, account)}"
     query = f"Quotas[?QuotaName=='{quota.name}'].QuotaCode"
     code = _command(
         account, "service-quotas", "list-service-quotas", "--service-code", "sagemaker", "--query", query,
         "--output", "text",
     )  # fmt: skip
-    return (
-        f"{said}: wait until others have ended, or ask for more: {_raise('CODE', wanted, account)}, where CODE is what "
-        f"{code} prints"
-    )
+    return f"{said}, or ask for more: {_raise('CODE', wanted, account)}, where CODE is what {code} prints"
 
 
 # ---- a look at the account

@@ -232,7 +232,7 @@ class Run:
         store = self.store()
         if self._record.made_elsewhere or store.local_path() is not None or time.time() - last < 30:
             return last
-        with contextlib.suppress(UnreachableError):
+        with contextlib.suppress(UnreachableError, AuthError):  # who may only read gets the news later
             store.write(contract.WATCH, str(time.time()).encode())
         return time.time()
 

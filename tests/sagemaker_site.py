@@ -89,11 +89,13 @@ def name_of(run: Run) -> str:
     return run.handle.native
 
 
-def make_site(cloud: AwsCloud, project: Path) -> SageMakerSite:
+def make_site(cloud: AwsCloud, project: Path, *, scripted: bool = True) -> SageMakerSite:
+    """scripted: jobs wait for what they are told to do; else for instances, an image that doesn't run, and so on."""
     bucket = f"vision-{secrets.token_hex(4)}"
     cloud.bucket(bucket)
     cloud.serve_image(IMAGE, image="none")
-    cloud.script("")
+    if scripted:
+        cloud.script("")
     target = {
         "backend": "sagemaker",
         "region": cloud.region,

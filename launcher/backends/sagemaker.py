@@ -70,7 +70,7 @@ from launcher.sagemaker.request import (
 )
 from launcher.sagemaker.target import SageMakerTarget
 from launcher.status import State, Status
-from launcher.stores import Store, join_uri, open_store
+from launcher.stores import Store, join_uri, open_store, scheme
 from launcher.watch import seldom
 
 __all__ = ["SageMakerBackend"]
@@ -391,7 +391,11 @@ class SageMakerBackend:
                 continue
 
     def store(self, uri: str) -> Store | None:
-        return None
+        """S3 in the account's region, whoever has named that."""
+        if scheme(uri) != "s3":
+            return None
+        options = self.target.storage.options
+        return open_store(uri, options if options.region else dataclasses.replace(options, region=self._account.region))
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -421,7 +425,7 @@ class SageMakerBackend:
         """What the runner tells: in the run's folder, or where the platform takes it."""
         folder = run_folder(job)
         told = join_uri(folder, MIRROR) if job.get("EnableNetworkIsolation") else folder
-        return open_store(told, self.target.storage.options)
+        return self.store(told) or open_store(told, self.target.storage.options)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,13 +97,15 @@ def obstore_credentials(profile: str | None = None, *, environ: Mapping[str, str
         return None
     profile = profile or environ.get("AWS_PROFILE")
     identity = _identity(profile, environ)
-    provider = _ROLES.get(identity) or _provider(profile)
-    provider()  # an expired login is reported here, in our words, not from inside a transfer
-    if hasattr(provider.inner.credentials, "refresh_needed"):
-        _ROLES[identity] = provider
+    with _ONE_ASKS:
+        provider = _ROLES.get(identity) or _provider(profile)
+        provider()  # an expired login is reported here, in our words, not from inside a transfer
+        if hasattr(provider.inner.credentials, "refresh_needed"):
+            _ROLES[identity] = provider
     return provider
 
 
+_ONE_ASKS = threading.Lock()
 _ROLES: dict[tuple[object, ...], Provider] = {}
 """Of roles and logins, which are asked for once, not for every store: they may ask for a code of somebody's MFA."""
 

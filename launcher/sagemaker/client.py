@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import re
 import threading
@@ -157,7 +158,7 @@ class Account:
 
     @functools.cached_property
     def region(self) -> str:
-        region = self._access.region or self._session.region_name
+        region = self._access.region or os.environ.get("AWS_REGION") or self._session.region_name
         if not region:
             raise SpecError(
                 f"nothing says which region target {self._name!r} is in: add region: eu-west-1", key="region"

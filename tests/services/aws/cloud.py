@@ -198,6 +198,10 @@ class AwsCloud:
     def enter(self, name: str, secondary_status: str, message: str = "") -> None:
         self._jobs.get(name).enter(secondary_status, message)
 
+    def age(self, name: str, seconds: float) -> None:
+        """As if it had been made so much earlier."""
+        self._jobs.get(name).created -= seconds
+
     def finish(self, name: str, status: str = "Completed", *, secondary: str = "", reason: str = "") -> None:
         """reason: FailureReason, of one that Failed."""
         self._jobs.get(name).end(status, secondary, reason)

@@ -298,7 +298,7 @@ def watched(root: Path, cloud: AwsCloud, count: int) -> int:
     calls = Counter(call.operation for call in cloud.calls) - before
     refused = sum(call.status == 400 for call in cloud.calls)
     print(
-        f"{polls} polls: {said['s']:.1f} s, {said['cpu_s']:.2f} s of CPU; {sum(calls.values())} calls, {refused} refused"
+        f"{polls} polls: {said['s']:.1f} s, {said['cpu_s']:.2f} s of CPU; {sum(calls.values())} calls ({refused} refused)"
     )
     print("calls:", ", ".join(f"{number} {operation}" for operation, number in calls.most_common()))
     wrong = {name: state for name, state in expected.items() if said["found"].get(name) != state}

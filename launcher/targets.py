@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,10 @@ def load_targets(folder: Path, environ: Mapping[str, str] | None = None) -> Targ
         entries |= {name: _Entry(content, document) for name, content in file.targets.items()}
         datasets |= file.datasets
     environ = os.environ if environ is None else environ
-    for variable, name, keys in _overrides(environ, _PREFIX, [*entries, *names()]):
+    for variable, name, keys in _overrides(environ, _PREFIX, lambda: [*entries, *names()]):
         old = entries.get(name, _Entry({"backend": name}, None))
         entries[name] = old.overridden(keys, variable, _value_of(variable, environ[variable]))
-    for variable, name, keys in _overrides(environ, _DATASET_PREFIX, list(datasets)):
+    for variable, name, keys in _overrides(environ, _DATASET_PREFIX, lambda: list(datasets)):
         if len(keys) > 1:
             raise SpecError(f"expected {_DATASET_PREFIX}NAME__TARGET", key=variable)
         datasets[name] = {**datasets.get(name, {}), str(keys[0]): environ[variable]}
@@ -166,15 +166,20 @@ def _above(folder: Path) -> Path | None:
     return next((f / FILE_NAME for f in (folder, *folder.parents) if (f / FILE_NAME).is_file()), None)
 
 
-def _overrides(environ: Mapping[str, str], prefix: str, known: Sequence[str]) -> Iterator[tuple[str, str, KeyPath]]:
-    """The variable `CVLAUNCH_TARGETS__HPC__PARTITION` → (it, "hpc", ("partition",))."""
+def _overrides(
+    environ: Mapping[str, str], prefix: str, known: Callable[[], Sequence[str]]
+) -> Iterator[tuple[str, str, KeyPath]]:
+    """The variable `CVLAUNCH_TARGETS__HPC__PARTITION` → (it, "hpc", ("partition",)).
+
+    known: names, asked for where there is such a variable: plug-ins are looked for in every package that is installed.
+    """
     for variable in sorted(environ):
         if not variable.startswith(prefix):
             continue
         name, *keys = variable.removeprefix(prefix).lower().split("__")
         if not name or not keys or not all(keys):
             raise SpecError(f"expected {prefix}NAME__KEY", key=variable)
-        real = next((k for k in known if k.lower().replace("-", "_") == name.replace("-", "_")), name)
+        real = next((k for k in known() if k.lower().replace("-", "_") == name.replace("-", "_")), name)
         yield variable, real, tuple(keys)
 
 

@@ -19,8 +19,8 @@ def attach(*, name: str, target: str | None, backend: str | None, out: Out) -> N
     """Take in a run that somebody else has sent.
 
     NAME is its run id, or the platform's own id of the job: `cvlaunch render` gives a script that can be sent by hand,
-    here or by a colleague. All commands then know the run. On SageMaker it may also be the name or ARN of a training job
-    that was made without cvlaunch, which can be watched, synced and cancelled.
+    here or by a colleague. All commands then know the run. On SageMaker it may also be the name or ARN of a job that
+    was made without cvlaunch, which can be watched, synced and cancelled.
     """
     from launcher.cli.shapes import run_json
     from launcher.run import attach as take_in

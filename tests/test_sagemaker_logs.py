@@ -15,8 +15,8 @@ import pytest
 
 from launcher.backends.base import LogLine
 from launcher.errors import AuthError, SpecError, UnreachableError
-from launcher.sagemaker.client import Access, Account
-from launcher.sagemaker.logs import GROUP, run_logs
+from launcher.sagemaker.client import LOG_GROUP, Access, Account
+from launcher.sagemaker.logs import run_logs
 from launcher.stores import open_store
 from tests.log_lines import (
     NOON,
@@ -55,10 +55,10 @@ class Streams:
             own = datetime.fromisoformat(line[:24]).timestamp() + 0.001 if line[:2] == "20" else NOON
             when = self._last[stream] = max(self._last.get(stream, 0.0), own if at is None else NOON + at)
             events.append((round(when * 1000), line))
-        self.aws.account.put_lines(GROUP, stream, events)
+        self.aws.account.put_lines(LOG_GROUP, stream, events)
 
     def forget(self, stream: str = "") -> None:
-        self.aws.account.remove_streams(GROUP, f"{self.job}/{stream}")
+        self.aws.account.remove_streams(LOG_GROUP, f"{self.job}/{stream}")
 
 
 @pytest.fixture

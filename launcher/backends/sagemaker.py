@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
-import math
 import os.path
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
-
-from pydantic import BaseModel
 
 from launcher.backends.base import (
     Adopted,
@@ -39,9 +35,7 @@ from launcher.errors import (
     SpecError,
     UnreachableError,
     UnsupportedError,
-    nearest,
 )
-from launcher.quantities import format_duration
 from launcher.rules import RULES, ContainerRules
 from launcher.sagemaker import words
 from launcher.sagemaker.adoption import (
@@ -55,19 +49,16 @@ from launcher.sagemaker.adoption import (
     run_folder,
     submission_of,
 )
-from launcher.sagemaker.catalogue import instance_type
-from launcher.sagemaker.catalogue import words as words_of_type
 from launcher.sagemaker.client import Account, Json, MissingError, quota_of
-from launcher.sagemaker.limits import check_request, doubts
 from launcher.sagemaker.request import (
     PLAN_SHA,
     ROLE,
     RUN,
     instances,
-    is_accelerated,
+    longest_run,
     request_context,
-    too_large,
 )
+from launcher.sagemaker.review import STORE_WORDS, at_key, check_found_again, review
 from launcher.sagemaker.target import SageMakerTarget
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, scheme
@@ -77,8 +68,6 @@ __all__ = ["SageMakerBackend"]
 
 _MOVERS = {"checkpoints": "platform", "model": "platform", "output": "runner"}
 _ISOLATED = {**_MOVERS, "output": "platform"}
-_GRACE_S = RULES["sagemaker"].grace_s or 0.0
-_LONGEST_RUN_S = 28 * 24 * 3600
 
 _PAGE = 100
 _WORTH_A_PAGE = 10
@@ -89,20 +78,8 @@ _AT_ONCE = 4
 _SUFFIX = re.compile(r"-[0-9a-z]{10}(-(?P<submission>\d+))?$")
 """What follows the slug in a run id of ours."""
 
-_ECR = re.compile(r"\d{12}\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/.+")
 _OVER = re.compile(r"status (Completed|Failed|Stopped|Stopping)|already|in a terminal", re.IGNORECASE)
 """What StopTrainingJob says of a job that needs no stopping."""
-
-_FOREIGN = {
-    "retries": "a foreign image (runner: none) has nobody to start it again; write retries: 0",
-    "code": "a foreign image (runner: none) has nobody to bring it; build the code into the image",
-    "secrets": "a foreign image (runner: none) has nobody to fetch them; let it read them with the job's role",
-    "train": "the trainer is started by our runner; write runner: auto",
-}
-"""Key of the job → why a foreign image can't have it."""
-
-_STORES = ("secretsmanager", "ssm")
-_STORE_WORDS = "store:secretsmanager:NAME or store:ssm:NAME"
 
 
 class SageMakerBackend:
@@ -122,7 +99,7 @@ class SageMakerBackend:
         Feature.RESTART: Support(True),
         Feature.MAX_WAIT: Support(True),
         Feature.SECRETS_CLIENT: Support(
-            False, f"whoever may describe a job reads its variables; keep it in AWS and write {_STORE_WORDS}"
+            False, f"whoever may describe a job reads its variables; keep it in AWS and write {STORE_WORDS}"
         ),
         Feature.SECRETS_STORE: Support(True),
         Feature.CONTAINER: Support(True),
@@ -164,18 +141,7 @@ class SageMakerBackend:
 
     def review(self, job: Job, text: str) -> Remarks:
         """What SageMaker would refuse, by our tables; what was chosen, and what it may cost."""
-        _check_features(job, isolated=self.target.network_isolation)
-        request = json.loads(text)
-        try:
-            check_request(request)
-            _check_found_again(request, str(request["TrainingJobName"]))
-        except SpecError as error:
-            raise _at_change(error, job, self.target) from None
-        return Remarks(
-            notes=tuple(_costs(request)),
-            warnings=(*_warnings(job, request, self.target), *doubts(request)),
-            missing=tuple(_missing(job, self.target)),
-        )
+        return review(job, json.loads(text), self.target)
 
     def check(self, job: Job) -> Iterator[Problem]:
         """Whether SageMaker can be asked from here; it says the rest itself, when it is sent the job."""
@@ -197,7 +163,7 @@ class SageMakerBackend:
                 instance_types=instances(job, self.target),
                 instances=job.spec.resources.nodes,
                 spot=job.spec.resources.spot,
-                max_runtime=job.spec.resources.timeout or 0.0,
+                max_runtime=longest_run(job, self.target),
             ),
         )
 
@@ -205,7 +171,7 @@ class SageMakerBackend:
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         request = json.loads(plan.text)
-        _check_found_again(request, plan.run_id)
+        check_found_again(request, plan.run_id)
         name = native_name(plan.run_id, attempt)
         try:
             self._account.call("sagemaker", "create_training_job", **_as_sent(request, plan.plan_sha, name, attempt))
@@ -219,9 +185,9 @@ class SageMakerBackend:
             raise
         except MissingError as error:  # a subnet, a key, a bucket
             refused = SpecError(f"AWS refuses it (CreateTrainingJob): {error}")
-            raise _at_key(refused, request, self.target) from error
+            raise at_key(refused, request, self.target) from error
         except SpecError as error:
-            raise _at_key(error, request, self.target) from error
+            raise at_key(error, request, self.target) from error
         return self._handle(name)
 
     def _adopt_own(self, name: str, plan: Plan) -> None:
@@ -243,16 +209,18 @@ class SageMakerBackend:
         return [self.submit(plan, secrets, attempt=attempt) for plan in plans]
 
     def find(self, run_ids: Sequence[str]) -> Mapping[str, Handle]:
-        newest: dict[str, Json] = {}
+        found: dict[str, Handle] = {}
         for group in _groups(run_ids):
             for job in self._pages(_common(group)):
-                run_id = next((one for one in group if words.attempt_of(job["TrainingJobName"], one)), None)
-                if run_id and job["TrainingJobStatus"] != "Deleting":
-                    newest.setdefault(run_id, job)  # the newest comes first
-                if len(newest) == len(run_ids):
+                name = job["TrainingJobName"]
+                wanted = ({name, name.rpartition("-")[0]} & group) - set(found)  # the newest comes first
+                if wanted and job["TrainingJobStatus"] != "Deleting":
+                    run_id = self._tags(job).get(RUN, "")  # `exp-2` may be a run of its own
+                    if run_id in wanted and words.attempt_of(name, run_id):
+                        found[run_id] = self._handle(name)
+                if group <= set(found):
                     break
-        ours = (run_id for run_id, job in newest.items() if self._tags(job).get(RUN) == run_id)
-        return {run_id: self._handle(newest[run_id]["TrainingJobName"]) for run_id in ours}
+        return found
 
     def adopt(self, name: str) -> Adopted:
         """A job that a colleague, the console or another tool has sent. Of a run, the newest submission."""
@@ -384,11 +352,16 @@ class SageMakerBackend:
     def remove(self, handle: Handle) -> None:
         """The jobs of all its submissions."""
         run_id = _run_id(self._describe(handle.native) or {}, handle.native)
-        for attempt in range(words.attempt_of(handle.native, run_id), 0, -1):
-            try:
-                self._account.call("sagemaker", "delete_training_job", TrainingJobName=native_name(run_id, attempt))
-            except MissingError:
-                continue
+        earlier = range(words.attempt_of(handle.native, run_id) - 1, 0, -1)
+        names = (native_name(run_id, attempt) for attempt in earlier)
+        for name in (handle.native, *(name for name in names if self._is_of(name, run_id))):
+            with contextlib.suppress(MissingError):
+                self._account.call("sagemaker", "delete_training_job", TrainingJobName=name)
+
+    def _is_of(self, name: str, run_id: str) -> bool:
+        """`exp-2` may be a run of its own."""
+        job = self._describe(name)
+        return job is not None and self._tags_if_allowed(job).get(RUN) == run_id
 
     def store(self, uri: str) -> Store | None:
         """S3 in the account's region, whoever has named that."""
@@ -464,174 +437,3 @@ def _as_sent(request: Json, plan_sha: str, name: str, attempt: int) -> Json:
 def _run_id(job: Json, name: str) -> str:
     """Of a job of ours: its name, less the number of the submission."""
     return name.removesuffix(f"-{submission_of(job)}") if submission_of(job) > 1 else name
-
-
-def _check_found_again(request: Json, run_id: str) -> None:
-    """SpecError where an overlay took away what a run is found by."""
-    tags = {tag.get("Key"): tag.get("Value") for tag in request.get("Tags") or ()}
-    if request.get("TrainingJobName") != run_id or tags.get(RUN) != run_id or not run_folder(request):
-        raise SpecError(
-            f"a run is found by TrainingJobName, by the tag {RUN} and by OutputDataConfig.S3OutputPath: leave them as "
-            "they are",
-            key="overlay",
-        )
-
-
-def _at_change(error: SpecError, job: Job, target: SageMakerTarget) -> SpecError:
-    """At what changed the text, if the key that is wrong is written nowhere."""
-    native = job.spec.native.get(target.backend) is not None
-    if any(_is_written(model, error.key or "") for model in (job.spec, target)) or not _change(target, native=native):
-        return error
-    return SpecError(error.message, key=_change(target, native=native))
-
-
-def _is_written(model: BaseModel, key: str) -> bool:
-    first, _, rest = key.partition(".")
-    if first not in model.model_fields_set:
-        return False
-    inner = getattr(model, first)
-    return _is_written(inner, rest) if rest and isinstance(inner, BaseModel) else True
-
-
-def _change(target: SageMakerTarget, *, native: bool) -> str:
-    """The key by which the user changed the text."""
-    if target.overlay is not None:
-        return "overlay"
-    return f"native.{target.backend}" if native else "templates" if target.templates else ""
-
-
-_CAUSES: Mapping[str, str] = {
-    r"assume role|\bRoleArn\b": "role",
-    r"instance ?type": "instance_types",
-    r"security ?group": "security_groups",
-    r"subnet": "subnets",
-    r"KmsKey|KMS key": "kms_key",
-    r"TrainingImage|\bimage\b|\bECR\b": "image",
-}
-"""What CreateTrainingJob says → the user's key; the first that fits."""
-
-
-def _at_key(error: SpecError, request: Json, target: SageMakerTarget) -> SpecError:
-    """Refusals of CreateTrainingJob at the key of the user that is meant."""
-    if error.key == "overlay":  # botocore knows the member, and nobody where it came from
-        return SpecError(error.message, key=_change(target, native=not target.templates))
-    if error.key:
-        return error
-    channels = request.get("InputDataConfig") or ()
-    places = {_place(channel): f"data.{channel['ChannelName']}" for channel in channels}
-    places[request["OutputDataConfig"]["S3OutputPath"]] = "output"
-    meant = next((key for uri, key in places.items() if uri and uri in error.message), None)
-    said = next((key for pattern, key in _CAUSES.items() if re.search(pattern, error.message, re.IGNORECASE)), None)
-    return SpecError(error.message, key=meant or said)
-
-
-def _place(channel: Json) -> str:
-    return str(channel.get("DataSource", {}).get("S3DataSource", {}).get("S3Uri", ""))
-
-
-def _check_features(job: Job, *, isolated: bool) -> None:
-    if job.spec.runner == "none":
-        for key, why in _FOREIGN.items():
-            if getattr(job.spec, key):
-                raise UnsupportedError(why, key=key)
-    elif isolated and (lacking := _out_of_reach(job)):
-        key, way_out = lacking
-        raise UnsupportedError(f"under network_isolation the job reaches nothing: {way_out}", key=key)
-    for variable, reference in job.spec.secrets.items():
-        _, store, name = (*reference.split(":", 2), "", "")[:3]
-        if store not in _STORES:
-            raise SpecError(f"{reference!r} is in no store of AWS; write {_STORE_WORDS}", key=f"secrets.{variable}")
-        if not name:
-            raise SpecError(f"{reference!r} names no secret; write {_STORE_WORDS}", key=f"secrets.{variable}")
-
-
-def _out_of_reach(job: Job) -> tuple[str, str] | None:
-    """Key and way out of what nobody can bring to a job without network."""
-    if job.code and job.code.requirements:
-        return "code.requirements", "build these packages into the image"
-    return ("secrets", "leave them out") if job.spec.secrets else None
-
-
-def _costs(request: Json) -> Iterator[str]:
-    """Which machines, and what they cost by the hour and at most."""
-    spot, choices = request.get("EnableManagedSpotTraining"), _choices(request.get("ResourceConfig") or {})
-    for name, count in itertools.chain.from_iterable(choices):
-        known = instance_type(name)
-        many = f"{count} × " if count > 1 else ""
-        yield f"instance: {many}{words_of_type(known) if known else name}{', spot' if spot else ''}"
-    yield from _at_most(choices, request)
-
-
-def _choices(resources: Json) -> list[list[tuple[str, int]]]:
-    """Of which SageMaker takes one: type and count of the instances that it has."""
-    groups = resources.get("InstanceGroups")
-    found = [groups] if groups else [[item] for item in resources.get("InstancePreferences") or (resources,)]
-    usual = resources.get("InstanceCount") or 1
-    named = ([(item.get("InstanceType"), item.get("InstanceCount") or usual) for item in each] for each in found)
-    return [[(str(name), int(count)) for name, count in each] for each in named if all(name for name, _ in each)]
-
-
-def _at_most(choices: Sequence[Sequence[tuple[str, int]]], request: Json) -> Iterator[str]:
-    prices = [price for choice in choices if (price := _price(choice)) is not None]
-    longest = (request.get("StoppingCondition") or {}).get("MaxRuntimeInSeconds")
-    if prices and longest:
-        most = max(prices) * longest / 3600
-        limit = format_duration(longest)
-        cheaper = "; spot costs less" if request.get("EnableManagedSpotTraining") else ""
-        amount = f"{most:.2f}" if most < _CENTS_BELOW else f"{math.ceil(most)}"
-        yield f"cost: at most about ${amount} if it runs until SageMaker's limit, {limit}{cheaper}"
-
-
-def _price(choice: Sequence[tuple[str, int]]) -> float | None:
-    """Of an hour; None if that of one type is unknown."""
-    prices = [(known.price, count) for name, count in choice if (known := instance_type(name))]
-    if len(prices) < len(choice) or any(price is None for price, _ in prices):
-        return None
-    return sum((price or 0.0) * count for price, count in prices)
-
-
-_CENTS_BELOW = 10
-
-
-def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]:
-    resources = job.spec.resources
-    for kind in () if target.instance_types else too_large(job):
-        yield f"{kind.gpu} comes {kind.gpus} at a time ({kind.name}) and is passed over; instance_types can name it"
-    chosen = request.get("ResourceConfig") or {}
-    names = [item.get("InstanceType", "") for item in chosen.get("InstancePreferences") or (chosen,)]
-    for name in names:
-        known = instance_type(name)
-        if known and known.gpus > resources.gpus:
-            yield f"{name} has {known.gpus} GPUs, of which the job uses {resources.gpus}"
-        elif known and known.gpus < resources.gpus:
-            yield f"{name} has {known.gpus} GPUs, fewer than resources.gpus: {resources.gpus}"
-    yield from _doubtful_places(job, target)
-    if (resources.timeout or 0) > _LONGEST_RUN_S:
-        yield f"resources.timeout: SageMaker ends every job after {format_duration(_LONGEST_RUN_S)}"
-    if resources.grace > _GRACE_S:
-        yield f"resources.grace: SageMaker gives {format_duration(_GRACE_S)}, whatever the job asks for"
-    if resources.max_wait is not None and not resources.spot and not any(map(is_accelerated, names)):
-        yield "resources.max_wait has no effect: jobs without GPUs don't wait for room, they fail"
-    if resources.spot and len(resources.gpu) > 1:
-        yield f"resources.gpu: spot jobs name one instance type, here {names[0]}"
-
-
-def _doubtful_places(job: Job, target: SageMakerTarget) -> Iterator[str]:
-    """What is somewhere else than the job, or is said of what the job doesn't have."""
-    found = _ECR.fullmatch(job.image.reference) if job.image else None
-    if found and target.region and found["region"] != target.region:
-        yield f"image: it is in ECR of {found['region']}, and the job runs in {target.region}: push it to ECR there"
-    names = [channel.name for channel in job.channels]
-    for name in target.input_modes:
-        if name not in names and (hint := nearest(name, names)):
-            yield f"input_modes: the job has no channel {name!r}{hint}"
-
-
-def _missing(job: Job, target: SageMakerTarget) -> Iterable[str]:
-    reference = job.image.reference if job.image else ""
-    if target.image_access == "Platform" and not _ECR.fullmatch(reference):
-        return [
-            f"an image in ECR ({reference} is none; with `registry` in the target, such as "
-            "123456789012.dkr.ecr.eu-west-1.amazonaws.com/trainer, submit pushes it)"
-        ]
-    return []

@@ -27,9 +27,12 @@ from launcher.errors import (
 if TYPE_CHECKING:
     import boto3.session
 
-__all__ = ["Access", "Account", "Json", "MissingError", "Quota", "quota_of"]
+__all__ = ["LOG_GROUP", "Access", "Account", "Json", "MissingError", "Quota", "quota_of"]
 
 Json = dict[str, Any]
+
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+"""Of all training jobs: https://docs.aws.amazon.com/sagemaker/latest/dg/logging-cloudwatch.html"""
 
 _ATTEMPTS = 10
 """Of a call that is throttled or meets a server's error.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.credentials.aws import source_profile
+
 __all__ = ["Way", "way_in"]
 
 
@@ -28,15 +30,8 @@ def way_in(profile: str | None, environ: Mapping[str, str] | None = None) -> Way
         return Way("the keys in AWS_ACCESS_KEY_ID and its like", "set new ones")
     name = profile or environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
     profiles: Mapping[str, Any] = botocore.session.Session(profile=None).full_config.get("profiles", {})
-    return _way(*_source(name, profiles))
-
-
-def _source(name: str, profiles: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The profile that an assume-role profile stands on."""
-    seen = {name}
-    while (source := profiles.get(name, {}).get("source_profile")) and source not in seen:
-        seen.add(name := source)
-    return name, profiles.get(name, {})
+    source = source_profile(name, profiles)
+    return _way(source, profiles.get(source, {}))
 
 
 def _way(name: str, keys: Mapping[str, Any]) -> Way:

@@ -17,12 +17,11 @@ from launcher.backends.base import LogLine
 from launcher.errors import AuthError, CvlaunchError, SpecError, UnreachableError
 from launcher.logfiles import parse_line
 from launcher.logplaces import HEAD, SLACK_S, Head, Numbered, Piece, Reading, StaleError, read_head, timed
-from launcher.sagemaker.client import Account, Json, MissingError
+from launcher.sagemaker.client import LOG_GROUP, Account, Json, MissingError
 from launcher.stores import Store
 
-__all__ = ["GROUP", "run_logs"]
+__all__ = ["run_logs"]
 
-GROUP = "/aws/sagemaker/TrainingJobs"
 
 _PAGE = 10_000
 """The most events of a page; it also ends at 1 MB."""
@@ -185,7 +184,7 @@ class _Streams:
         self.unseen_s = 0.0
 
     def _names(self) -> list[str]:
-        where = {"logGroupName": GROUP, "logStreamNamePrefix": f"{self._job}/"}
+        where = {"logGroupName": LOG_GROUP, "logStreamNamePrefix": f"{self._job}/"}
         try:
             found = list(self._account.pages("logs", "describe_log_streams", "logStreams", **where))
         except MissingError:  # nor is the group there before somebody writes
@@ -228,7 +227,7 @@ class _Streams:
             stream.token = answer["nextForwardToken"]
 
     def _ask(self, stream: _Stream, limit: int) -> Json:
-        where: dict[str, Any] = {"logGroupName": GROUP, "logStreamName": stream.name, "startFromHead": True}
+        where: dict[str, Any] = {"logGroupName": LOG_GROUP, "logStreamName": stream.name, "startFromHead": True}
         if stream.since is not None:
             where["startTime"] = stream.since
         if stream.token is not None:

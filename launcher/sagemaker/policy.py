@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.errors import SpecError
-from launcher.sagemaker.client import Json
+from launcher.sagemaker.client import LOG_GROUP, Json
 from launcher.sagemaker.target import SageMakerTarget
 
 __all__ = [
-    "LOG_GROUP",
     "SERVICE",
     "EcrImage",
     "Need",
@@ -35,8 +34,6 @@ __all__ = [
 ]
 
 SERVICE = "sagemaker.amazonaws.com"
-LOG_GROUP = "/aws/sagemaker/TrainingJobs"
-"""https://docs.aws.amazon.com/sagemaker/latest/dg/logging-cloudwatch.html"""
 
 _VERSION = "2012-10-17"
 _UNKNOWN_ROLE = "REPLACE-ME"

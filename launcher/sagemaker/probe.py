@@ -22,9 +22,8 @@ from launcher.backends.base import Problem
 from launcher.errors import AuthError, CvlaunchError, SpecError, UnreachableError
 from launcher.quantities import format_duration
 from launcher.sagemaker.catalogue import INSTANCES, instance_type
-from launcher.sagemaker.client import Account, Json, MissingError, Quota
+from launcher.sagemaker.client import LOG_GROUP, Account, Json, MissingError, Quota
 from launcher.sagemaker.policy import (
-    LOG_GROUP,
     SERVICE,
     EcrImage,
     Need,

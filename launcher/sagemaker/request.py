@@ -27,6 +27,7 @@ __all__ = [
     "RUN",
     "instances",
     "is_accelerated",
+    "longest_run",
     "request_context",
     "too_large",
 ]
@@ -142,6 +143,13 @@ def _preferences(types: Sequence[str], count: int) -> list[Json]:
     return [{"InstanceType": name, "InstanceCount": count} for name in types] if len(types) > 1 else []
 
 
+def longest_run(job: Job, target: SageMakerTarget) -> int:
+    """Seconds after which SageMaker itself ends the job."""
+    around = 0 if job.spec.runner == "none" else _AROUND_TIMEOUT_S
+    timeout = job.spec.resources.timeout
+    return min(math.ceil(target.max_runtime if timeout is None else timeout + around), _LONGEST_RUN_S)
+
+
 def _metric_definitions(job: Job) -> list[Json]:
     task = job.train["task"] if job.train else None
     return [{"Name": name, "Regex": regex} for name, regex in METRICS.get(str(task), {}).items()]
@@ -192,9 +200,7 @@ def _channel(name: str, uri: str, mode: str) -> Json:
 
 def _stopping(job: Job, target: SageMakerTarget, *, accelerated: bool) -> dict[str, int]:
     resources = job.spec.resources
-    around = 0 if job.spec.runner == "none" else _AROUND_TIMEOUT_S
-    longest = target.max_runtime if resources.timeout is None else resources.timeout + around
-    found = {"MaxRuntimeInSeconds": min(math.ceil(longest), _LONGEST_RUN_S)}
+    found = {"MaxRuntimeInSeconds": longest_run(job, target)}
     if resources.spot:
         wait = target.spot_wait if resources.max_wait is None else resources.max_wait
         found["MaxWaitTimeInSeconds"] = found["MaxRuntimeInSeconds"] + math.ceil(wait)

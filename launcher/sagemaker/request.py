@@ -176,8 +176,10 @@ def _variables(job: Job, home: str, job_file: JobFile, target: SageMakerTarget) 
         "CVLAUNCH_GRACE": f"{RULES['sagemaker'].grace_s:g}",
         "PYTHONUNBUFFERED": "1",
     }
-    if job.storage and not target.network_isolation:
-        found["CVLAUNCH_STORAGE"] = json.dumps(dict(job.storage), sort_keys=True)
+    # an authority is of the way that leaves this machine, and too long for a variable
+    storage = {key: value for key, value in job.storage.items() if key != "ca_bundle"}
+    if storage and not target.network_isolation:
+        found["CVLAUNCH_STORAGE"] = json.dumps(storage, sort_keys=True)
     return found
 
 

@@ -283,6 +283,26 @@ def test_a_second_submission_whose_answer_is_lost(site: SageMakerSite) -> None:
     assert site.cloud.names == [run.id, f"{run.id}-2"]
 
 
+def test_a_run_whose_name_is_the_beginning_of_another(site: SageMakerSite) -> None:
+    """`exp-2` is what a second job of `exp` would be called."""
+    site.send(run_id="exp")
+    other = site.send({}, {"command": ["false"]}, run_id="exp-2")
+    Ledger().update("exp", state=State.SENDING, handle=None, owner={})
+    look()
+    assert name_of(Run("exp")) == "exp" and name_of(Run("exp-2")) == "exp-2"
+    site.cloud.finish("exp", "Failed", reason="AlgorithmError: , exit code: 1")
+    Run("exp").status()
+    with pytest.raises(ConflictError, match="another training job exp-2"):
+        Run("exp").resume()
+    Ledger().update("exp", state=State.FAILED, handle="sagemaker://aws/exp", attempt=2)
+    third = Run("exp").resume()
+    assert name_of(third) == "exp-3"
+    site.cloud.finish("exp-3", "Failed", reason="AlgorithmError: , exit code: 1")
+    site.cloud.finish("exp-2")
+    third.remove(remote=True)
+    assert site.cloud.names == ["exp-2"] and other.status().state is State.SUCCEEDED
+
+
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 

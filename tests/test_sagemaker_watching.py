@@ -31,6 +31,7 @@ from launcher.stores import open_store
 from launcher.submission import OpenBackends
 from tests.sagemaker_site import IMAGE, SageMakerSite, make_site, name_of
 from tests.services.aws import REGION, AwsCloud
+from tests.services.s3 import make_certificate
 
 Json = dict[str, Any]
 LIST, DESCRIBE = "ListTrainingJobs", "DescribeTrainingJob"
@@ -519,6 +520,20 @@ def test_a_login_that_ends(
     assert "aws sso login --profile lab" in line and f"cvlaunch wait {run.id}" in line
 
 
+def test_a_role_that_stands_on_a_login(
+    keyless: SageMakerSite, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """The way out names the profile that can be logged in to."""
+    site = keyless
+    token = sign_in(site, home, monkeypatch)
+    role = site.cloud.role("submitter")
+    write_config(home, f"[profile team]\nrole_arn = {role}\nsource_profile = lab\nregion = {REGION}\n")
+    run = site.send({"profile": "team", "region": None})
+    site.cloud.sign_out(token)
+    assert main(["wait", run.id]) == 4
+    assert "aws sso login --profile lab" in capfd.readouterr().err
+
+
 Prepare = Callable[[SageMakerSite, Path, pytest.MonkeyPatch], object]
 
 
@@ -604,6 +619,18 @@ def test_endpoints_of_a_target(site: SageMakerSite, monkeypatch: pytest.MonkeyPa
     assert [line.text for line in run.logs()] == ["news"]
     variables = site.cloud.posted(run.id)["Environment"]
     assert json.loads(variables["CVLAUNCH_STORAGE"])["endpoint"] == site.cloud.endpoint
+
+
+def test_a_private_authority(site: SageMakerSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = make_certificate(site.project)
+    with site.cloud.behind_tls(certificate, key) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        error = site.refused({"endpoints": {"s3": site.cloud.endpoint}})
+        assert isinstance(error, SpecError) and "ca_bundle: the certificate of AWS (sagemaker, region" in str(error)
+        run = site.send({"storage": {"ca_bundle": str(certificate)}})
+        assert run.status().state is State.STARTING
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        assert site.send().status().state is State.STARTING
 
 
 def test_nobody_is_there(site: SageMakerSite) -> None:

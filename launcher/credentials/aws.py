@@ -30,6 +30,7 @@ __all__ = [
     "s3_endpoint",
     "secret",
     "session",
+    "source_profile",
     "translated",
 ]
 
@@ -317,10 +318,25 @@ def _unknown_profile(error: Exception) -> str:
     return f"the AWS profile {name!r} is not in ~/.aws (there: {have}){nearest(name, known)}"
 
 
+def _login_profile(profile: str) -> str:
+    import botocore.session
+
+    return source_profile(profile, botocore.session.Session(profile=None).full_config.get("profiles", {}))
+
+
+def source_profile(name: str, profiles: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whose keys or login an assume-role profile stands on: the one to log in to."""
+    seen = {name}
+    while (source := profiles.get(name, {}).get("source_profile")) and source not in seen:
+        seen.add(name := source)
+    return name
+
+
 def translated(error: Exception, profile: str | None) -> AuthError | UnreachableError | SpecError:
     """An error of botocore about identity, configuration or network as ours."""
     kind = type(error).__name__
-    option = f" --profile {profile}" if profile else ""
+    name = _login_profile(profile) if profile and kind in (*_LOGIN, *_LOGIN_CONSOLE) else profile
+    option = f" --profile {name}" if name else ""
     if kind in _LOGIN:
         return AuthError(f"the AWS SSO login has expired or was never made: run: aws sso login{option}")
     if kind in _LOGIN_CONSOLE:

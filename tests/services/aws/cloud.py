@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,19 @@ class AwsCloud:
     def endpoint(self) -> str:
         """Of all services."""
         return self._server.endpoint
+
+    @contextlib.contextmanager
+    def behind_tls(self, certificate: Path, key: Path) -> Iterator[str]:
+        """A second endpoint."""
+        from werkzeug.serving import make_server
+
+        server = make_server("127.0.0.1", 0, self._server, threaded=True, ssl_context=(str(certificate), str(key)))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            yield f"https://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
 
     @property
     def access_key(self) -> str:

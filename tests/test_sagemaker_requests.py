@@ -328,12 +328,22 @@ def test_a_prefix_takes_no_sibling_along() -> None:
 def test_under_isolation_the_platform_moves_everything() -> None:
     plan = plan_of("classify", {"network_isolation": True}, GPU)
     body, job = json.loads(plan.text), JobFile.from_bytes(content(plan))
-    assert body["Environment"]["CVLAUNCH_JOB"] == "/opt/ml/input/data/cvlaunch/job.json"
+    assert body["Environment"]["CVLAUNCH_JOB"] == "/opt/ml/input/data/cvlaunch/config/job.json"
     assert "CVLAUNCH_STORAGE" not in body["Environment"]
     *_, last = body["InputDataConfig"]
-    assert last["DataSource"]["S3DataSource"]["S3Uri"] == "s3://bucket/runs/classify-0000000000/input/config/"
+    assert last["DataSource"]["S3DataSource"]["S3Uri"] == "s3://bucket/runs/classify-0000000000/input/"
     assert job.movers == dict.fromkeys(("checkpoints", "model", "output"), "platform")
     assert JobFile.from_bytes(content(plan_of("classify", {}, GPU))).movers["output"] == "runner"
+
+
+def test_under_isolation_the_platform_brings_the_code_along(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/train.py").write_text("pass\n")
+    plan = front(tmp_path, {"code": {"root": "code"}}, {"network_isolation": True})
+    place = json.loads(plan.text)["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
+    stored = {f"s3://bucket/runs/{plan.run_id}/{path}" for path in plan.files}
+    assert len(stored) == 2
+    assert all(uri.startswith(place) for uri in stored)
 
 
 # -- limits, through the whole front ----------------------------------------------------------------------------------
@@ -438,15 +448,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "a foreign image's code": ({**FOREIGN, "code": {"root": "code"}}, {}, r"job.yaml:\d+: code: .*nobody to bring it"),
     "a foreign image's retries": ({**FOREIGN, "retries": 1}, {}, r"job.yaml:\d+: retries: .*write retries: 0"),
-    "isolated code": (
-        {"code": {"root": "code"}},
-        {"network_isolation": True},
-        r"job.yaml:\d+: code: nothing is reached under network_isolation.*build it into the image",
-    ),
     "isolated secrets": (
         {"secrets": {"A": "store:ssm:a"}},
         {"network_isolation": True},
-        r"job.yaml:\d+: secrets: nothing is reached under network_isolation.*leave it out",
+        r"job.yaml:\d+: secrets: under network_isolation the job reaches nothing: leave them out",
     ),
     "isolated channel": (
         {"data": {"cvlaunch": "s3://bucket/x"}},

@@ -50,6 +50,14 @@ Called = Callable[..., Said]
 
 
 @pytest.fixture
+def live(aws: AwsCloud, tmp_path: Path, monkeypatch: Patch) -> SageMakerSite:
+    """Its jobs find no image that could run."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    return make_site(aws, tmp_path / "project", scripted=False)
+
+
+@pytest.fixture
 def site(aws: AwsCloud, tmp_path: Path, monkeypatch: Patch) -> SageMakerSite:
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
@@ -383,21 +391,39 @@ def test_who_may_not_describe_is_told(site: SageMakerSite, called: Called) -> No
     assert said.code == 0 and words in said.out + said.err and "this is what was last seen" in said.out + said.err, said
 
 
-def test_a_secret_or_image_that_is_not_there_ends_the_job_with_the_reason(site: SageMakerSite, called: Called) -> None:
-    for reason, words in ENDS.items():
-        assert submitted(site, called).code == 0
-        site.cloud.finish(site.cloud.names[-1], "Failed", reason=reason)
-        said = called("status", "last")
-        assert all(word in said.out + said.err for word in words), said
+ENDS: Mapping[str, tuple[Keys, str]] = {
+    "image": ({"image": IMAGE.replace(":1", ":2")}, "image: ClientError: Cannot find image tag: 2 in repository: "),
+    "repository": (
+        {"image": IMAGE.replace("team", "taem")},
+        "image: ClientError: Cannot find repository: taem/trainer",
+    ),
+    "data": ({"data": {"train": "s3://{bucket}/nothing"}}, "data: ClientError: "),
+}
 
 
-ENDS: Mapping[str, tuple[str, ...]] = {
-    "ClientError: Cannot find repository: x in registry ID: 1. Please check if your ECR repository and image exist.":
-        ("image: ClientError: Cannot find repository: x", "check that it is in ECR of this region, is for amd64"),
-    'ClientError: No S3 objects found under S3 URL "s3://b/x" given in input data source.':
-        ("data: ClientError: No S3 objects found under", "check the channel's place"),
-    "CapacityError: Unable to provision requested ML compute capacity.": ("capacity: ", "try again later"),
-}  # fmt: skip
+@pytest.mark.parametrize("name", ENDS)
+def test_what_only_the_job_can_tell(live: SageMakerSite, called: Called, name: str) -> None:
+    job, words = ENDS[name]
+    assert submitted(live, called, {}, filled(job, live.bucket)).code == 0
+    live.cloud.wait(live.cloud.names[0], "Failed", seconds=10)
+    said = called("status", "last")
+    (reason,) = [line for line in said.out.splitlines() if line.startswith("reason")]
+    assert words in reason and "ERROR" in said.out, said
+    assert reason.endswith(WAYS_OUT["data" if name == "data" else "image"]), reason
+
+
+WAYS_OUT = {
+    "image": ": check that it is in ECR of this region, is for amd64, and that the role may pull it",
+    "data": ": check the channel's place, and resources.disk",
+}
+
+
+def test_no_capacity_is_told(site: SageMakerSite, called: Called) -> None:
+    assert submitted(site, called).code == 0
+    reason = "CapacityError: Unable to provision requested ML compute capacity."
+    site.cloud.finish(site.cloud.names[0], "Failed", reason=reason)
+    said = called("status", "last")
+    assert f"capacity: {reason}: try again later, name more GPUs in resources.gpu" in said.out, said
 
 
 def test_a_closed_port_is_told_soon(site: SageMakerSite) -> None:

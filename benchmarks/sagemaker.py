@@ -12,6 +12,7 @@ PYTHON: of an environment with SageMaker's SDK, 730 MB:
     uv venv peer && uv pip install --python peer/bin/python sagemaker==3.27.0
 
 --watch polls so many runs, half of whose calls are throttled, until all have ended; exits with 1 if one ends wrong.
+500 take five minutes, most of which is patience.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ def watched(root: Path, cloud: AwsCloud, count: int) -> int:
     calls = Counter(call.operation for call in cloud.calls) - before
     refused = sum(call.status == 400 for call in cloud.calls)
     print(
-        f"{polls} polls: {said['s']:.1f} s, {said['cpu_s']:.2f} s of CPU; {sum(calls.values())} calls ({refused} refused)"
+        f"{polls} polls: {said['s']:.1f} s, {said['cpu_s']:.2f} s CPU, {sum(calls.values())} calls, {refused} refused"
     )
     print("calls:", ", ".join(f"{number} {operation}" for operation, number in calls.most_common()))
     wrong = {name: state for name, state in expected.items() if said["found"].get(name) != state}

@@ -7,6 +7,9 @@ time, user and system, is that from start to end. The job is a fine-tuning with 
 turns after a round that fills caches; medians. Exits with 1 if the command line needs more than 1.7 times the CPU time
 of the bare script, which puts job.json and sends the same body, or more than 3 requests before CreateTrainingJob.
 
+The image goes by its tag. One that goes by its digest, and was not pushed by cvlaunch, is looked for among the images
+of this machine, too, which costs what its engine takes.
+
 PYTHON: of an environment with SageMaker's SDK, 730 MB:
 
     uv venv peer && uv pip install --python peer/bin/python sagemaker==3.27.0

@@ -337,7 +337,7 @@ class _Resolver:
         if not self.online or scheme(folder) != "s3":
             return None
         try:
-            store = open_store(folder, self.selected.target.storage.options)
+            store = self.backend.store(folder) or open_store(folder, self.selected.target.storage.options)
             return None if any(store.list("model")) else newest_model(store)
         except SpecError as error:
             raise SpecError(error.message, key=self._key(name)) from error

@@ -720,6 +720,22 @@ def test_what_was_pushed_needs_no_engine_later(
 
 
 @NEEDS
+def test_an_engine_is_asked_once_about_an_image_by_digest(
+    project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, name = project.build(), f"{registry}/w"
+    podman("tag", built.reference, f"{name}:1")
+    project.made.append(f"{name}:1")
+    reference = f"{name}@{podman('image', 'inspect', '--format={{.Digest}}', f'{name}:1')}"
+    seen = resolved(Far, tmp_path, image=reference)
+    assert seen.image is not None and seen.image.config_digest == built.image.config_digest
+    with monkeypatch.context() as bare:
+        bare.setenv("PATH", str(tmp_path))
+        assert resolved(Far, tmp_path, image=reference).image == seen.image
+        assert "is fixed, but" in resolved(Far, tmp_path, image=f"{name}@sha256:{'1' * 64}").unpinned[0]
+
+
+@NEEDS
 def test_what_is_not_here_is_pulled_to_be_sent_only(
     project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

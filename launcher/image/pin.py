@@ -11,7 +11,7 @@ from launcher.engine import Engine, LocalImage, find_engine
 from launcher.errors import CvlaunchError, SpecError
 from launcher.image.build import build
 from launcher.image.recipe import NAME, Recipe, folder_recipe, trainer_recipe
-from launcher.image.registry import digest_in, pull, push, recall
+from launcher.image.registry import config_known, digest_in, note_config, pull, push, recall
 
 __all__ = ["Wanted", "pin"]
 
@@ -99,7 +99,18 @@ def _named(wanted: Wanted, reference: str, make: Callable[[str], None] | None) -
     if known := recall(reference):
         return Image(known.pinned, known.digest, known.config_digest)
     digest = digest_in(reference)
-    return _image(reference, digest, _look(wanted, reference) if digest else None)
+    return Image(reference, digest, _config_of(wanted, reference) if digest else None)
+
+
+def _config_of(wanted: Wanted, reference: str) -> str | None:
+    """Of an image by digest. An engine is asked once: that takes longer than all else of a submission."""
+    if known := config_known(reference):
+        return known
+    found = _look(wanted, reference)
+    if found is None:
+        return None
+    note_config(reference, found.config_digest)
+    return found.config_digest
 
 
 def _image(reference: str, digest: str | None, found: LocalImage | None) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,9 +16,19 @@ from typing import TypeVar
 from launcher.credentials import aws, google
 from launcher.engine import Engine, LocalImage
 from launcher.errors import AuthError, SpecError, UnsupportedError
-from launcher.paths import data_folder
+from launcher.paths import cache_folder, data_folder
 
-__all__ = ["Pushed", "digest_in", "pull", "push", "pushed_as", "recall", "registry_of"]
+__all__ = [
+    "Pushed",
+    "config_known",
+    "digest_in",
+    "note_config",
+    "pull",
+    "push",
+    "pushed_as",
+    "recall",
+    "registry_of",
+]
 
 T = TypeVar("T")
 
@@ -131,6 +142,23 @@ def pushed_as(config_digest: str) -> list[Pushed]:
     return sorted((p for p in found if p.config_digest == config_digest), key=lambda pushed: pushed.reference)
 
 
+def config_known(reference: str) -> str | None:
+    """The configuration's digest of an image that is named by digest, if it was found once: it never changes."""
+    with contextlib.suppress(OSError):
+        return _config_note(reference).read_text(encoding="ascii")
+    return None
+
+
+def note_config(reference: str, config_digest: str) -> None:
+    path = _config_note(reference)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, config_digest)
+
+
+def _config_note(reference: str) -> Path:
+    return cache_folder() / "image-configs" / hashlib.sha256(reference.encode()).hexdigest()[:32]
+
+
 def _read(path: Path) -> Pushed | None:
     try:
         content = json.loads(path.read_bytes())
@@ -143,9 +171,14 @@ def _remember(pushed: Pushed) -> None:
     for name in (pushed.reference, pushed.pinned):
         path = _note(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(dataclasses.asdict(pushed), file)
-        Path(file.name).replace(path)
+        _write(path, json.dumps(dataclasses.asdict(pushed)))
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)
 
 
 def _notes() -> Path:

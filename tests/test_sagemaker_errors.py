@@ -391,6 +391,28 @@ def test_who_may_not_describe_is_told(site: SageMakerSite, called: Called) -> No
     assert said.code == 0 and words in said.out + said.err and "this is what was last seen" in said.out + said.err, said
 
 
+def test_who_may_not_read_logs_is_told_where_nothing_else_has_them(site: SageMakerSite, called: Called) -> None:
+    assert submitted(site, called).code == 0
+    site.cloud.enter(site.cloud.names[0], "Training")
+    site.cloud.say(site.cloud.names[0], "hello")
+    assert called("logs", "last").out == "hello\n"
+    for operation in "DescribeLogStreams", "GetLogEvents":
+        denied(f"logs:{operation}", operation)(site, Patch())
+    called("logs", "last").one_line(4, "you may not do logs:", POLICY)
+
+
+def test_what_sagemaker_can_t_do_and_who_may_not_stop(site: SageMakerSite, called: Called) -> None:
+    assert submitted(site, called).code == 0
+    said = called("exec", "last", "--", "ls")
+    said.one_line(
+        2, "SageMaker has no such call; with RemoteDebugConfig in the target's overlay, `aws ssm start-session`"
+    )
+    denied("sagemaker:StopTrainingJob", "StopTrainingJob")(site, Patch())
+    called("cancel", "last").one_line(4, "you may not do sagemaker:StopTrainingJob (region eu-west-1)", POLICY)
+    site.cloud.heal()
+    assert called("cancel", "last").code == 0
+
+
 ENDS: Mapping[str, tuple[Keys, str]] = {
     "image": ({"image": IMAGE.replace(":1", ":2")}, "image: ClientError: Cannot find image tag: 2 in repository: "),
     "repository": (

@@ -67,7 +67,12 @@ def run_logs(
         folder = store() if has_runner and _refusal(error) in _DENIED else None
         if folder is None:
             raise
-        yield from streams.reading.of_store(folder, ended=ended, sleep=sleep, every=every)
+        found = bool(since)
+        for line in streams.reading.of_store(folder, ended=ended, sleep=sleep, every=every):
+            found = True
+            yield line
+        if not found:  # nothing at all would say nothing of why
+            raise
 
 
 def _lines(

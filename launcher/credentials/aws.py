@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -81,7 +82,19 @@ def session(profile: str | None = None, region: str | None = None) -> boto3.sess
     boto3 = _boto3("the AWS configuration of this machine" if profile is None else f"the AWS profile {profile!r}")
     with _aws_errors(profile):
         _check_files(os.environ)
-        return boto3.Session(profile_name=profile, region_name=region)
+        import botocore.session
+
+        inner = botocore.session.Session(profile=profile)
+        inner.register_component("data_loader", _service_models(inner.get_config_variable("data_path")))
+        return boto3.Session(botocore_session=inner, region_name=region)
+
+
+@functools.cache
+def _service_models(path: str | None) -> Any:
+    """Shared, because each loader reads and parses megabytes anew: nine tenths of what a further client takes."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
 
 
 def obstore_credentials(profile: str | None = None, *, environ: Mapping[str, str] | None = None) -> Provider | None:

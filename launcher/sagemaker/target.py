@@ -68,6 +68,16 @@ class SageMakerTarget(BaseTarget):
             raise ValueError(f"expected a region such as eu-west-1, found {region!r}")
         return region
 
+    @field_validator("role")
+    @classmethod
+    def _role_is_an_arn(cls, role: str | None) -> str | None:
+        if role is not None and not re.match(r"arn:[a-z-]+:iam::", role):
+            raise ValueError(
+                f"expected the ARN of a role, such as arn:aws:iam::123456789012:role/trainer, found {role!r}; "
+                "`aws iam get-role --role-name NAME` shows it"
+            )
+        return role
+
     @field_validator("max_runtime", "keep_alive")
     @classmethod
     def _fits(cls, seconds: float | None, info: ValidationInfo) -> float | None:

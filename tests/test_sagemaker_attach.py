@@ -175,6 +175,17 @@ def test_a_job_of_ours_whose_tags_nobody_may_read_is_known_by_its_variables(proj
     assert json.loads(run.record.plan["text"]) == {key: value for key, value in body.items() if key != "Tags"}
 
 
+def test_a_job_without_network_is_taken_in_before_it_has_written_anything(project: Path, aws: AwsCloud) -> None:
+    targets = yaml.safe_load((project / "targets.yaml").read_text())
+    targets["targets"]["aws"]["network_isolation"] = True
+    (project / "targets.yaml").write_text(yaml.safe_dump(targets))
+    sent = theirs(project, "shared-3")
+    ours = attach("shared-3", target="aws")
+    assert (ours.id, ours.output) == (sent.id, sent.output)
+    aws.finish("shared-3")
+    assert ours.status().state is State.SUCCEEDED
+
+
 @pytest.mark.parametrize(
     ("left", "kind", "message"),
     [
@@ -449,6 +460,14 @@ def test_jobs_of_all_kinds_are_described(kind: str) -> None:
         Handle("sagemaker", "aws", "x-1"), described, {}, account=Account(Access(region="eu-west-1"), "aws")
     )
     assert facts(json.loads(found.job.to_bytes())) == expected
+
+
+def test_a_variable_of_another_tool_does_not_count_submissions(project: Path, aws: AwsCloud) -> None:
+    """Nor keeps a look at it, and at all that are looked at with it, from an answer."""
+    run = attach(foreign(aws, Environment={"CVLAUNCH_SUBMISSION": "first"}), target="aws")
+    aws.finish(SDK_NAME)
+    status = run.status()
+    assert (status.state, status.attempt) == (State.SUCCEEDED, 1)
 
 
 def test_all_who_take_it_in_call_it_the_same(project: Path, aws: AwsCloud) -> None:

@@ -311,6 +311,13 @@ RULES: list[tuple[str, list[tuple[str, Any]], list[tuple[str, Any]], str, str]] 
         "resources.disk",
         "ml.m5.large",
     ),
+    (
+        "a local disk has no room but its own",
+        [("ResourceConfig.VolumeSizeInGB", 250), ("ResourceConfig.InstanceType", "ml.g5.xlarge")],
+        [("ResourceConfig.VolumeSizeInGB", 251), ("ResourceConfig.InstanceType", "ml.g5.xlarge")],
+        "resources.disk",
+        "ml.g5.xlarge",
+    ),
     ("FastFile reads folders", [FAST], [FAST, (f"{S3}.S3Uri", "s3://data/train")], "data", f"{S3}.S3Uri"),
     (
         "FastFile for all channels",

@@ -133,6 +133,15 @@ def test_a_name_that_is_somebody_else_s(site: SageMakerSite, tags: dict[str, str
     assert Run("mine-1").record.state is State.NOT_SUBMITTED
 
 
+def test_a_name_in_use_by_a_job_that_aws_does_not_show_is_in_doubt(site: SageMakerSite) -> None:
+    site.cloud.cut(CREATE, "after")
+    site.cloud.fail("DescribeTrainingJob", "ValidationException", "Requested resource not found.")
+    assert isinstance(site.refused(), UnreachableError)
+    (run,) = runs()
+    assert (run.record.state, site.cloud.names) == (State.SENDING, [run.id])
+    assert run.status().state is State.STARTING and site.cloud.names == [run.id]
+
+
 def test_the_same_run_id_with_another_plan(site: SageMakerSite) -> None:
     mine = site.send(run_id="mine-1")
     before = (site.cloud.posted("mine-1"), site.cloud.tags("mine-1"), site.cloud.job("mine-1"))

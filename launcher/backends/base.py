@@ -59,6 +59,8 @@ def _a_url(value: str) -> str:
     """HTTP clients say so in many ways, some of which are no words at all."""
     if not re.match(r"https?://[^/]", value):
         raise ValueError(f"expected a URL such as https://s3.example.com, found {value!r}")
+    if re.match(r"[^/]+//[^/?#]*@", value):  # it would travel with each job
+        raise ValueError("a URL with a user or password in it: leave them out, and give them as credentials")
     return value
 
 

@@ -199,6 +199,8 @@ class SageMakerBackend:
             raise UnreachableError(
                 f"there is a training job {name}, and whether it is this run can't be seen: {error}"
             ) from error
+        if job is None:  # its name is taken: what AWS shows may lag behind what it has
+            raise UnreachableError(f"the name {name} is in use, and AWS does not show by which job: try again")
         if tags.get(RUN) != plan.run_id or tags.get(PLAN_SHA) != plan.plan_sha:
             raise ConflictError(
                 f"{self._account.where} has another training job {name}; choose another --run-id, or delete that one"
@@ -236,7 +238,7 @@ class SageMakerBackend:
             job = self._newest_job(run_id) or job
         handle = self._handle(job["TrainingJobName"])
         tags = tags if handle.native == name else self._tags_if_allowed(job)
-        return adopt_own(handle, job, tags, store=self._store(job), account=self._account)
+        return adopt_own(handle, job, tags, store=self._opened(run_folder(job)), account=self._account)
 
     def _newest_job(self, run_id: str) -> Json | None:
         """Of the run's submissions; None where nobody may look for them."""
@@ -397,8 +399,10 @@ class SageMakerBackend:
     def _store(self, job: Json) -> Store:
         """What the runner tells: in the run's folder, or where the platform takes it."""
         folder = run_folder(job)
-        told = join_uri(folder, MIRROR) if job.get("EnableNetworkIsolation") else folder
-        return self.store(told) or open_store(told, self.target.storage.options)
+        return self._opened(join_uri(folder, MIRROR) if job.get("EnableNetworkIsolation") else folder)
+
+    def _opened(self, uri: str) -> Store:
+        return self.store(uri) or open_store(uri, self.target.storage.options)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

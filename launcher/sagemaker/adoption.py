@@ -121,8 +121,9 @@ def run_folder(job: Json) -> str:
 
 
 def submission_of(job: Json) -> int:
-    """How often the run had been sent when this job was."""
-    return int((job.get("Environment") or {}).get(SUBMISSION, 1))
+    """How often the run had been sent when this job was. Variables of others may say anything."""
+    said = str((job.get("Environment") or {}).get(SUBMISSION, ""))
+    return int(said) if re.fullmatch(r"[1-9]\d{0,8}", said, re.ASCII) else 1
 
 
 def adopt_own(handle: Handle, job: Json, tags: Mapping[str, str], *, store: Store, account: Account) -> Adopted:

@@ -328,6 +328,13 @@ def _volumes(request: Mapping[str, Any]) -> Iterator[SpecError]:
                 f"can't be asked for with {known.name}",
                 "its local disk has a hardware key of its own: leave volume_kms_key out, or choose another type",
             )
+        if known.nvme and resources.get("VolumeSizeInGB", 0) * 10**9 > known.nvme:
+            yield _error(
+                "ResourceConfig.VolumeSizeInGB",
+                f"is {resources['VolumeSizeInGB']}, and {known.name} has a local disk of {known.nvme // 10**9} GB in the "
+                "volume's place",
+                "ask for less disk, or choose a type with more",
+            )
         if not known.nvme and not resources.get("VolumeSizeInGB"):
             yield _error("ResourceConfig.VolumeSizeInGB", f"is missing, which {known.name} needs", "say disk: 50GB")
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from launcher import manifest, shm
 from launcher._version import __version__
-from launcher.backends.base import Backend, Feature, Image, Job, features_missing
+from launcher.backends.base import Backend, Feature, Image, Job, disk_for_data, features_missing
 from launcher.code import build_archive
 from launcher.contract import WEIGHTS_CHANNEL, Channel, Code
 from launcher.dataset import check_channel
@@ -234,7 +234,7 @@ def _disk(spec: JobSpec, channels: tuple[Channel, ...]) -> int:
     """Bytes; auto is 1.2 × the channels that are copied + 20 GiB: what is on a volume of the cluster stays there."""
     if spec.resources.disk != "auto":
         return spec.resources.disk
-    return int(1.2 * sum(channel.size or 0 for channel in channels if scheme(channel.uri) != "pvc")) + (20 << 30)
+    return disk_for_data(channel.size for channel in channels if scheme(channel.uri) != "pvc") + (20 << 30)
 
 
 def _unpinned(spec: JobSpec, image: Image | None, code: Code | None) -> Iterator[str]:

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from launcher import render, submit
-from launcher.backends.base import Image, Plan
+from launcher.backends.base import Image, Plan, disk_for_data
 from launcher.backends.sagemaker import SageMakerBackend
 from launcher.contract import JOB, JobFile
 from launcher.errors import SpecError, UnsupportedError
@@ -325,6 +325,28 @@ def test_a_prefix_takes_no_sibling_along() -> None:
     assert places == ["s3://bucket/digits/train/", "s3://bucket/digits/val/"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "disk", "volume", "kind"),
+    [
+        ({}, "auto", 244, "ml.g6.2xlarge"),
+        ({"input_modes": {"train": "FastFile"}}, "auto", 132, "ml.g4dn.2xlarge"),
+        ({"input_mode": "FastFile"}, "auto", 20, "ml.g4dn.xlarge"),
+        ({"input_mode": "FastFile"}, 245 << 30, 245, "ml.g6.2xlarge"),
+    ],
+)
+def test_what_fast_file_reads_needs_no_disk(keys: Mapping[str, Any], disk: str | int, volume: int, kind: str) -> None:
+    target = SageMakerTarget(role=ROLE, output="s3://bucket/runs", **keys)
+    job = fixed_job("classify", target, "aws", "s3://bucket/runs")
+    channels = tuple(dataclasses.replace(channel, access="mounted", size=100 * 10**9) for channel in job.channels)
+    resources = job.spec.resources.model_copy(update={"disk": disk})
+    spec = job.spec.model_copy(update={"resources": resources, "retries": 0})
+    needed = disk_for_data(channel.size for channel in channels) + (20 << 30) if disk == "auto" else int(disk)
+    job = dataclasses.replace(job, spec=spec, channels=channels, disk=needed, image=Image(IMAGE, DIGEST))
+    plan = make_plan(job, SageMakerBackend(target, "aws"), "x-0000000000", template=load_template(SageMakerBackend))
+    found = json.loads(plan.text)["ResourceConfig"]
+    assert (found["VolumeSizeInGB"], found["InstanceType"]) == (volume, kind)
+
+
 def test_under_isolation_the_platform_moves_everything() -> None:
     plan = plan_of("classify", {"network_isolation": True}, GPU)
     body, job = json.loads(plan.text), JobFile.from_bytes(content(plan))
@@ -479,7 +501,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "region": ({}, {"region": 5}, r"targets.yaml:\d+: targets.aws.region: "),
     "role": ({}, {"role": "arn:aws:iam::1:role/trainer"}, r"targets.yaml:\d+: targets.aws.role: RoleArn .*:role/NAME"),
-    "role by name": ({}, {"role": "trainer"}, r"targets.yaml:\d+: targets.aws.role: expected the ARN of a role.*`aws iam get-role"),
+    "role by name": ({}, {"role": "trainer"}, r"targets.yaml:\d+: targets.aws.role: expected the ARN of a role.*aws iam"),
     "warm pool": ({}, {"keep_alive": "7h"}, r"targets.yaml:\d+: targets.aws.keep_alive: "),
     "warm spot": (
         {"resources": {"spot": True, "gpus": 1}},

@@ -42,6 +42,7 @@ __all__ = [
     "Support",
     "Transport",
     "Url",
+    "disk_for_data",
     "features_missing",
     "native_name",
 ]
@@ -445,6 +446,11 @@ class Backend(Protocol):
 def native_name(run_id: str, attempt: int = 1) -> str:
     """The run id as it stands, `-2`, `-3` for later attempts: at most 40 + 3 characters, fits every platform."""
     return run_id if attempt == 1 else f"{run_id}-{attempt}"
+
+
+def disk_for_data(sizes: Iterable[int | None]) -> int:
+    """Bytes of disk for channels that are copied to it, a fifth more than theirs; None: unknown."""
+    return int(1.2 * sum(size or 0 for size in sizes))
 
 
 def features_missing(backend: type[Backend], wanted: Iterable[Feature]) -> Iterator[tuple[Feature, str]]:

@@ -331,8 +331,8 @@ def _volumes(request: Mapping[str, Any]) -> Iterator[SpecError]:
         if known.nvme and resources.get("VolumeSizeInGB", 0) * 10**9 > known.nvme:
             yield _error(
                 "ResourceConfig.VolumeSizeInGB",
-                f"is {resources['VolumeSizeInGB']}, and {known.name} has a local disk of {known.nvme // 10**9} GB in the "
-                "volume's place",
+                f"is {resources['VolumeSizeInGB']}, and in the volume's place {known.name} has a local disk of "
+                f"{known.nvme // 10**9} GB",
                 "ask for less disk, or choose a type with more",
             )
         if not known.nvme and not resources.get("VolumeSizeInGB"):

@@ -8,8 +8,8 @@ import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from launcher.backends.base import Job
-from launcher.contract import ARTIFACTS, DEFAULT_ROOT, JOB, JobFile
+from launcher.backends.base import Job, disk_for_data
+from launcher.contract import ARTIFACTS, DEFAULT_ROOT, JOB, Channel, JobFile
 from launcher.errors import SpecError
 from launcher.quantities import format_duration
 from launcher.rules import RULES
@@ -77,22 +77,30 @@ METRICS: Mapping[str, Mapping[str, str]] = {
 
 def instances(job: Job, target: SageMakerTarget) -> tuple[str, ...]:
     """Acceptable types, best first; several only where SageMaker may choose. SpecError if it has none that will do."""
-    found = target.instance_types or tuple(kind.name for kind in _chosen(job) if kind not in too_large(job))
+    found = target.instance_types or tuple(
+        kind.name for kind in _chosen(job, target) if kind not in too_large(job, target)
+    )
     return found[:1] if job.spec.resources.spot else found
 
 
-def too_large(job: Job) -> tuple[InstanceType, ...]:
+def too_large(job: Job, target: SageMakerTarget) -> tuple[InstanceType, ...]:
     """Types of acceptable GPUs that are sold in such numbers that nobody means them who names others beside."""
-    chosen = _chosen(job)
+    chosen = _chosen(job, target)
     large = tuple(kind for kind in chosen if kind.gpus >= _TOO_MANY * job.spec.resources.gpus > 0)
     return large if len(large) < len(chosen) else ()
 
 
-def _chosen(job: Job) -> tuple[InstanceType, ...]:
-    resources = job.spec.resources
-    return choose(
-        gpus=resources.gpus, models=resources.gpu, cpus=resources.cpus, memory=resources.memory, disk=job.disk
-    )
+def _chosen(job: Job, target: SageMakerTarget) -> tuple[InstanceType, ...]:
+    wanted = job.spec.resources
+    disk = _disk(job, target)
+    return choose(gpus=wanted.gpus, models=wanted.gpu, cpus=wanted.cpus, memory=wanted.memory, disk=disk)
+
+
+def _disk(job: Job, target: SageMakerTarget) -> int:
+    """Bytes. What FastFile reads is not copied, so that nothing is bought for it unless the job says so."""
+    if job.spec.resources.disk != "auto":
+        return job.disk
+    return job.disk - disk_for_data(channel.size for channel in job.channels if _mode(channel, target) == "FastFile")
 
 
 def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMakerTarget) -> Mapping[str, object]:
@@ -118,7 +126,7 @@ def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMak
         "instance_type": types[0],
         "preferences": _preferences(types, resources.nodes),
         "nodes": resources.nodes,
-        "volume_gb": math.ceil(job.disk / _GIB),
+        "volume_gb": math.ceil(_disk(job, target) / _GIB),
         "volume_kms_key": target.volume_kms_key,
         "keep_alive_s": math.ceil(target.keep_alive or 0),
         "stopping": _stopping(job, target, accelerated=all(map(is_accelerated, types))),
@@ -185,8 +193,11 @@ def _variables(job: Job, home: str, job_file: JobFile, target: SageMakerTarget) 
 
 def _channels(job: Job, target: SageMakerTarget) -> Iterator[Json]:
     for channel in job.channels:
-        mode = target.input_modes.get(channel.name, target.input_mode)
-        yield _channel(channel.name, channel.uri, mode)
+        yield _channel(channel.name, channel.uri, _mode(channel, target))
+
+
+def _mode(channel: Channel, target: SageMakerTarget) -> str:
+    return target.input_modes.get(channel.name, target.input_mode)
 
 
 def _job_channel(home: str, *, foreign: bool, target: SageMakerTarget) -> Iterator[Json]:

@@ -182,7 +182,7 @@ def _price(choice: Sequence[tuple[str, int]]) -> float | None:
 
 def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]:
     resources = job.spec.resources
-    for kind in () if target.instance_types else too_large(job):
+    for kind in () if target.instance_types else too_large(job, target):
         yield f"{kind.gpu} comes {kind.gpus} at a time ({kind.name}) and is passed over; instance_types can name it"
     chosen = request.get("ResourceConfig") or {}
     names = [item.get("InstanceType", "") for item in chosen.get("InstancePreferences") or (chosen,)]

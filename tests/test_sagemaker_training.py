@@ -1,5 +1,5 @@
-"""Real trainings on SageMaker's stand-in: one instance, spot interrupted in mid-epoch, two instances, no network; what is
-trained is what is trained at home."""
+"""Real trainings on SageMaker's stand-in: one instance, spot interrupted in mid-epoch, two instances, no network. What
+is trained is what is trained at home."""
 
 from __future__ import annotations
 

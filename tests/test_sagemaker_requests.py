@@ -501,7 +501,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "region": ({}, {"region": 5}, r"targets.yaml:\d+: targets.aws.region: "),
     "role": ({}, {"role": "arn:aws:iam::1:role/trainer"}, r"targets.yaml:\d+: targets.aws.role: RoleArn .*:role/NAME"),
-    "role by name": ({}, {"role": "trainer"}, r"targets.yaml:\d+: targets.aws.role: expected the ARN of a role.*aws iam"),
+    "role name": ({}, {"role": "trainer"}, r"targets.yaml:\d+: targets.aws.role: expected the ARN of a role.*aws iam"),
     "warm pool": ({}, {"keep_alive": "7h"}, r"targets.yaml:\d+: targets.aws.keep_alive: "),
     "warm spot": (
         {"resources": {"spot": True, "gpus": 1}},

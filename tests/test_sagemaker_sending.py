@@ -241,6 +241,20 @@ def test_a_failed_run_goes_on_as_a_second_job(site: SageMakerSite, capfd: pytest
     assert "news" in (said := capfd.readouterr().out) and "old news" not in said
 
 
+def test_a_foreign_image_with_as_many_variables_as_there_can_be_is_sent_again(site: SageMakerSite) -> None:
+    variables = {f"V{number}": "x" for number in range(100)}
+    first = site.send({}, {"runner": "none", "env": variables})
+    for number in (2, 3):
+        site.cloud.finish(name_of(first), "Failed", reason="AlgorithmError: , exit code: 1")
+        assert first.status().attempt == number - 1
+        first = first.resume()
+        assert name_of(first) == f"{first.id}-{number}" and first.status().attempt == number
+        assert site.cloud.posted(name_of(first))["Environment"] == variables
+    site.cloud.finish(name_of(first))
+    first.remove(remote=True)
+    assert site.cloud.names == []
+
+
 def test_both_jobs_go_with_the_run(site: SageMakerSite) -> None:
     run = site.send()
     for name in (run.id, f"{run.id}-2", f"{run.id}-3"):

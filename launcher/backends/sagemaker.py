@@ -433,8 +433,8 @@ def _as_sent(request: Json, plan_sha: str, name: str, attempt: int) -> Json:
     """With the hash of the text, which can't stand in it, and what a later submission of the run has of its own."""
     tags = [*request.get("Tags", ()), {"Key": PLAN_SHA, "Value": plan_sha}]
     sent = {**request, "TrainingJobName": name, "Tags": tags}
-    if attempt > 1:
-        sent["Environment"] = {**request.get("Environment", {}), SUBMISSION: str(attempt)}
+    if attempt > 1 and has_runner(request):  # a foreign image may have as many variables as there can be
+        sent["Environment"] = {**request["Environment"], SUBMISSION: str(attempt)}
     return sent
 
 

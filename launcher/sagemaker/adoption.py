@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SUBMISSION = "CVLAUNCH_SUBMISSION"
-"""Variable of a job that is not the first of its run."""
+"""Variable, for our runner, of a job that is not the first of its run."""
 
 _JOB_VARIABLE, _SHA_VARIABLE = "CVLAUNCH_JOB", "CVLAUNCH_JOB_SHA256"
 
@@ -122,7 +122,9 @@ def run_folder(job: Json) -> str:
 
 def submission_of(job: Json) -> int:
     """How often the run had been sent when this job was. Variables of others may say anything."""
-    said = str((job.get("Environment") or {}).get(SUBMISSION, ""))
+    if not has_runner(job):
+        return attempt_of(str(job.get("TrainingJobName", "")), run_folder(job).rpartition("/")[2]) or 1
+    said = str(job["Environment"].get(SUBMISSION, ""))
     return int(said) if re.fullmatch(r"[1-9]\d{0,8}", said, re.ASCII) else 1
 
 

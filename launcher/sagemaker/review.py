@@ -59,7 +59,8 @@ def review(job: Job, request: Json, target: SageMakerTarget) -> Remarks:
 def check_found_again(request: Json, run_id: str) -> None:
     """SpecError where an overlay took away what a run is found by."""
     tags = {tag.get("Key"): tag.get("Value") for tag in request.get("Tags") or ()}
-    if request.get("TrainingJobName") != run_id or tags.get(RUN) != run_id or not run_folder(request):
+    folder = run_folder(request).rpartition("/")[2]
+    if not request.get("TrainingJobName") == tags.get(RUN) == folder == run_id:
         raise SpecError(
             f"a run is found by TrainingJobName, by the tag {RUN} and by OutputDataConfig.S3OutputPath: leave them as "
             "they are",

@@ -68,9 +68,7 @@ def test_a_training_is_the_one_at_home_and_the_container_backend_s(
     assert run.record.plan["job_digest"] == there.job_digest != at_home().record.plan["job_digest"]
     assert run.record.plan["unpinned"] == []
     home = run.sync(tmp_path / "home").path
-    assert sorted(path.name for path in (home / "model").iterdir()) == ["model.pt", "model.safetensors"] or list(
-        (home / "model").iterdir()
-    )
+    assert any((home / "model").iterdir())
     final = {item["MetricName"]: item["Value"] for item in world.cloud.job(job_name(run))["FinalMetricDataList"]}
     summary = run.metrics().summary()
     assert {name: final[name] for name in ("val/accuracy", "val/loss")} == {

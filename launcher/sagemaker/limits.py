@@ -20,13 +20,12 @@ from typing import Any
 
 from launcher.errors import SpecError, nearest
 from launcher.sagemaker.catalogue import instance_type
+from launcher.sagemaker.target import LONGEST_RUN_S
 
 __all__ = ["check_request", "doubts", "instance_names", "unknown_members"]
 
 _Limit = Mapping[str, Any]
 """A node of limits.json."""
-
-_LONGEST_RUN_S = 28 * 24 * 3600
 
 _KEYS: Mapping[str, tuple[str, str]] = {
     "": ("overlay", "it comes from `overlay` or from your template"),
@@ -295,8 +294,8 @@ def _spot(request: Mapping[str, Any]) -> Iterator[SpecError]:
 def _run_time(request: Mapping[str, Any]) -> Iterator[SpecError]:
     member = "StoppingCondition.MaxRuntimeInSeconds"
     longest = request.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", 0)
-    if longest > _LONGEST_RUN_S:
-        yield _error(member, f"is {longest}, and SageMaker takes {_LONGEST_RUN_S} (28 days) at most")
+    if longest > LONGEST_RUN_S:
+        yield _error(member, f"is {longest}, and SageMaker takes {LONGEST_RUN_S} (28 days) at most")
 
 
 def _preferences(request: Mapping[str, Any]) -> Iterator[SpecError]:

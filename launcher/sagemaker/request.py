@@ -15,7 +15,7 @@ from launcher.quantities import format_duration
 from launcher.rules import RULES
 from launcher.sagemaker.catalogue import InstanceType, choose, instance_type
 from launcher.sagemaker.client import Json
-from launcher.sagemaker.target import SageMakerTarget
+from launcher.sagemaker.target import LONGEST_RUN_S, SageMakerTarget
 from launcher.stores import join_uri
 
 __all__ = [
@@ -41,7 +41,6 @@ JOB_CHANNEL = "cvlaunch"
 
 _AROUND_TIMEOUT_S = 15 * 60
 """The platform's limit is the job's own plus this: the runner keeps the timeout, over all starts."""
-_LONGEST_RUN_S = 28 * 24 * 3600
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 1800, 28 * 24 * 3600
 _GIB = 1 << 30
 _TOO_MANY = 4
@@ -155,7 +154,7 @@ def longest_run(job: Job, target: SageMakerTarget) -> int:
     """Seconds after which SageMaker itself ends the job."""
     around = 0 if job.spec.runner == "none" else _AROUND_TIMEOUT_S
     timeout = job.spec.resources.timeout
-    return min(math.ceil(target.max_runtime if timeout is None else timeout + around), _LONGEST_RUN_S)
+    return min(math.ceil(target.max_runtime if timeout is None else timeout + around), LONGEST_RUN_S)
 
 
 def _metric_definitions(job: Job) -> list[Json]:

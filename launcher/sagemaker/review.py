@@ -20,12 +20,11 @@ from launcher.sagemaker.client import Json
 from launcher.sagemaker.limits import check_request, doubts
 from launcher.sagemaker.policy import ecr_image
 from launcher.sagemaker.request import RUN, is_accelerated, too_large
-from launcher.sagemaker.target import SageMakerTarget
+from launcher.sagemaker.target import LONGEST_RUN_S, SageMakerTarget
 
 __all__ = ["STORE_WORDS", "at_key", "check_found_again", "review"]
 
 _GRACE_S = RULES["sagemaker"].grace_s or 0.0
-_LONGEST_RUN_S = 28 * 24 * 3600
 _CENTS_BELOW = 10
 
 
@@ -194,8 +193,8 @@ def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]
         elif known and known.gpus < resources.gpus:
             yield f"{name} has {known.gpus} GPUs, fewer than resources.gpus: {resources.gpus}"
     yield from _doubtful_places(job, target)
-    if (resources.timeout or 0) > _LONGEST_RUN_S:
-        yield f"resources.timeout: SageMaker ends every job after {format_duration(_LONGEST_RUN_S)}"
+    if (resources.timeout or 0) > LONGEST_RUN_S:
+        yield f"resources.timeout: SageMaker ends every job after {format_duration(LONGEST_RUN_S)}"
     if resources.grace > _GRACE_S:
         yield f"resources.grace: SageMaker gives {format_duration(_GRACE_S)}, whatever the job asks for"
     if resources.max_wait is not None and not resources.spot and not any(map(is_accelerated, names)):

@@ -13,12 +13,14 @@ from launcher.quantities import format_duration
 from launcher.sagemaker.client import Access
 from launcher.spec import Duration, Whole
 
-__all__ = ["SageMakerTarget"]
+__all__ = ["LONGEST_RUN_S", "SageMakerTarget"]
 
 InputMode = Literal["File", "FastFile"]
 
 _DAY = 24 * 3600.0
-_LONGEST = {"max_runtime": 28 * _DAY, "keep_alive": 6 * 3600.0}
+LONGEST_RUN_S = 28 * 24 * 3600
+"""Of any job."""
+_LONGEST = {"max_runtime": LONGEST_RUN_S, "keep_alive": 6 * 3600.0}
 _SERVICES = ("sagemaker", "logs", "sts", "iam", "ecr", "s3", "service-quotas")
 
 

@@ -412,7 +412,8 @@ def test_user_keys_belong_to_members_of_the_table() -> None:
     for member in limits._KEYS:
         node = TABLE["request"]
         for name in member.split(".") if member else []:
-            node = (node["member"] if node["type"] == "list" else node)["members"][name]
+            node = node["member"] if node["type"] == "list" else node
+            node = node["value"] if node["type"] == "map" else node["members"][name]
 
 
 def test_a_usual_request_is_checked_at_once() -> None:

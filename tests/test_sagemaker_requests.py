@@ -508,6 +508,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"keep_alive": "1h"},
         r"targets.yaml:\d+: targets.aws.keep_alive: .*excludes managed spot training",
     ),
+    "a place with a long name": (
+        {},
+        {"output": f"s3://bucket/{'x' * 480}"},
+        r"targets.yaml:\d+: targets.aws.output: Environment\['CVLAUNCH_JOB'\] has 5\d\d characters.*a shorter place",
+    ),
     "volume key of NVMe": (
         {"resources": GPUS},
         {"volume_kms_key": "k"},

@@ -43,6 +43,7 @@ _KEYS: Mapping[str, tuple[str, str]] = {
         "env",
         "put large values into a file of the data, or let our runner start the command (runner: auto)",
     ),
+    "Environment.CVLAUNCH_JOB": ("output", "choose a shorter place for runs"),
     "InputDataConfig": ("data", "correct the channel"),
     "InputDataConfig.InputMode": ("input_modes", "correct it"),
     "OutputDataConfig": ("output", "choose another place for runs"),
@@ -96,7 +97,7 @@ _UNITS: Mapping[str, str] = {"string": "characters", "list": "entries", "map": "
 
 @dataclass(frozen=True)
 class _Place:
-    """path: as people read it, `InputDataConfig[0].ChannelName`. member: the same without indexes and keys of maps."""
+    """path: as people read it, `InputDataConfig[0].ChannelName`. member: the same without indexes, `Environment.LR`."""
 
     path: str = ""
     member: str = ""
@@ -106,7 +107,8 @@ class _Place:
         return _Place(f"{self.path}{dot}{name}", f"{self.member}{dot}{name}")
 
     def at(self, index: int | str) -> _Place:
-        return _Place(f"{self.path}[{index!r}]", self.member)
+        member = f"{self.member}.{index}" if isinstance(index, str) else self.member
+        return _Place(f"{self.path}[{index!r}]", member)
 
     def error(self, problem: str, way_out: str = "") -> SpecError:
         key, usual = next(_KEYS[above] for above in _upwards(self.member) if above in _KEYS)

@@ -370,6 +370,9 @@ def test_who_may_not_list_quotas_gets_the_command_that_finds_the_code(aws: AwsCl
 
 
 def test_a_probe_sees_what_there_is(ready: AwsCloud) -> None:
+    logs = ready.client("logs")
+    for group in logs.describe_log_groups()["logGroups"]:  # of other tests' jobs
+        logs.delete_log_group(logGroupName=group["logGroupName"])
     for name in INSTANCES:
         for use in ("training job", "spot training job", "training warm pool"):
             ready.quota_value(f"{name} for {use} usage", 0)

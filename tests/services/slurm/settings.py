@@ -99,6 +99,8 @@ def _settings(folder: Path, ports: Ports) -> dict[str, str]:
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "SlurmctldParameters": "preempt_send_user_signal",
+        # rank 0 of a job listens at 20000 + its id: away from the ports above, and from other clusters' jobs
+        "FirstJobId": f"{random.randrange(10_000, 12_500)}",
         "MaxArraySize": "301",
         "MaxJobCount": "5000",
         "MinJobAge": "20",

@@ -377,8 +377,8 @@ def _no_role(arn: str | None, account: Account) -> str:
     if arn:
         return f"{arn!r} is no role; one looks like arn:aws:iam::123456789012:role/trainer"
     return (
-        "each job of SageMaker has a role of your account, and the target names none: write role: arn:aws:iam::…, and "
-        f"without one make it: `cvlaunch targets policy {account.name}` prints the policies that it needs"
+        "each job of SageMaker has a role of your account, and the target names none: write role: arn:aws:iam::…; if "
+        f"there is none yet, make one: `cvlaunch targets policy {account.name}` prints the policies that it needs"
     )
 
 
@@ -562,10 +562,9 @@ def quota_remedy(account: Account, quota: Quota) -> str:
             "write a shorter resources.timeout, or max_runtime in the target"
         )
     else:
-        said += (
-            f"{quota.value:g} in {account.region}, {quota.used:g} are in use, and this needs {quota.delta:g} more: "
-            "wait until others have ended"
-        )
+        way_out = "wait until others have ended" if quota.delta <= quota.value else "take another type"
+        used = f"{quota.used:g} are in use, and this needs {quota.delta:g} more"
+        said += f"{quota.value:g} in {account.region}, {used}: {way_out}"
     with contextlib.suppress(CvlaunchError, MissingError):
         found = _quotas_named([quota.name], account.hasty()).get(quota.name)
         if found:

@@ -116,7 +116,11 @@ def _check_features(spec: JobSpec, backend: Backend) -> None:
     for feature, reason in features_missing(type(backend), [f for f, (_, asked) in wanted.items() if asked]):
         raise UnsupportedError(f"the {backend.name} backend has no {feature}: {reason}", key=wanted[feature][0])
     if backend.rules.container and not (spec.image or spec.build):
-        raise SpecError(f"the {backend.name} backend runs containers; give image or build", key="image")
+        raise SpecError(
+            f"the {backend.name} backend runs containers; give image or build; cvlaunch-trainer is the image "
+            "of the built-in trainer",
+            key="image",
+        )
     foreign = sorted(set(spec.native) - {backend.name})
     if foreign:
         raise UnsupportedError(

@@ -221,7 +221,7 @@ def rm(*, run: tuple[str, ...], remote: bool, yes: bool, out: Out) -> None:
 
 def _what_goes(run: Run, remote: bool) -> str:
     if not remote:
-        return f"{run.id}: forgotten here; its results stay in {run.output}"
+        return f"{run.id} is to be forgotten here; its results stay in {run.output}"
     sizes = [entry.size for entry in run.store().list()]
     handle = f", and what {run.handle} left" if run.handle else ""
     return f"{run.id}: {len(sizes)} files ({format_size(sum(sizes))}) in {run.output} go{handle}"

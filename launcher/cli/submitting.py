@@ -223,7 +223,7 @@ def _sending() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("interrupted while submitting; whether it was sent says: cvlaunch runs") from None
+        raise Interrupted("interrupted while submitting; `cvlaunch runs` says whether it was sent") from None
 
 
 def _announce(

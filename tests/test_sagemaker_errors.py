@@ -278,6 +278,9 @@ REFUSED: dict[str, tuple[Prepare, Keys, Keys, int, list[str]]] = {
             [TARGET, "targets.aws.kms_key: AWS refuses it (CreateTrainingJob): The KMS key 'alias/x' is disabled"]),
     "whatever": (refusal("ValidationException", "The moon is full"), {}, {}, 2,
                  ["cvlaunch: AWS refuses it (CreateTrainingJob): The moon is full"]),
+    "echo": (refusal("ValidationException", "2 validation errors detected: Value 'x' at 'a' is wrong; Value '{A="
+                     + 50 * "hunter2" + "}' at 'environment' is too long"), {}, {}, 2,
+             ["2 validation errors detected: Value 'x' at 'a' is wrong; Value '…' at 'environment' is too long"]),
     "create": (denied("sagemaker:CreateTrainingJob"), {}, {}, 4,
                ["you may not do sagemaker:CreateTrainingJob (region eu-west-1): User: arn:aws:iam::1", POLICY]),
     "pass role": (denied("iam:PassRole"), {}, {}, 4, ["you may not do iam:PassRole (region eu-west-1): User", POLICY]),

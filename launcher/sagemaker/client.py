@@ -341,7 +341,8 @@ class Account:
             return ConflictError(message)
         if code == _QUOTA:
             return CapacityError(message)
-        return SpecError(f"AWS refuses it ({error.operation_name}): {_ENUM.sub(_nearest_of, message)}")
+        said = _ECHO.sub("Value '…' at '", _ENUM.sub(_nearest_of, message))
+        return SpecError(f"AWS refuses it ({error.operation_name}): {said}")
 
     @property
     def _login(self) -> str:
@@ -373,6 +374,9 @@ def _pauses(attempts: int) -> Iterator[float]:
 
 _MEMBERS = re.compile(r"(Unknown parameter in [^:]+: \"([^\"]*)\"), must be one of: ([\w, ]+)")
 _ENUM = re.compile(r"(Value '(?P<value>[^']*)' at .*?enum value set: )\[(?P<words>[^\]]{200,})\]", re.DOTALL)
+
+_ECHO = re.compile(r"Value '(?:(?!' at ').){120,}' at '", re.DOTALL)
+"""All variables of a job, for one of them: long, and nobody's business in a log."""
 
 
 def _nearest_of(found: re.Match[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,8 +205,8 @@ def _sweep(
     records = [run.record for run in runs]
     sweep = records[0].tags[SWEEP_TAG]
     out.note(f"sweep {sweep}: {len(runs)} runs on target {records[0].target_name}")
-    for note in dict.fromkeys(note for record in records for note in record.plan.get("notes", ())):
-        out.note(note)
+    for note, times in Counter(note for record in records for note in record.plan.get("notes", ())).items():
+        out.note(f"{note} (each of {times} runs)" if times > 1 else note)
     for reason in dict.fromkeys(reason for record in records for reason in record.plan["unpinned"]):
         out.note(f"unpinned: {reason}")
     for warning in dict.fromkeys(warning for record in records for warning in record.plan["warnings"]):

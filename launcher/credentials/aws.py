@@ -20,11 +20,13 @@ from launcher.secretfiles import require_private
 
 if TYPE_CHECKING:
     import boto3.session
+    import botocore.session
     from botocore.exceptions import ClientError
     from obstore.store import S3Config, S3Credential
 
 __all__ = [
     "Provider",
+    "core_session",
     "ecr_login",
     "obstore_credentials",
     "parameter",
@@ -80,13 +82,24 @@ class Provider:
 def session(profile: str | None = None, region: str | None = None) -> boto3.session.Session:
     """A boto3 session; nothing is asked of AWS yet. SpecError for a profile that doesn't exist."""
     boto3 = _boto3("the AWS configuration of this machine" if profile is None else f"the AWS profile {profile!r}")
+    inner = core_session(profile)
+    return boto3.Session(botocore_session=inner, region_name=region)
+
+
+def core_session(profile: str | None = None) -> botocore.session.Session:
+    """What a boto3 session has inside, and enough for calls; it comes in a quarter of the time.
+
+    SpecError for a profile that doesn't exist.
+    """
+    try:
+        import botocore.session
+    except ImportError as error:
+        raise UnsupportedError("calls of AWS need boto3: pip install 'cvlaunch[s3]'") from error
     with _aws_errors(profile):
         _check_files(os.environ)
-        import botocore.session
-
         inner = botocore.session.Session(profile=profile)
         inner.register_component("data_loader", _service_models(inner.get_config_variable("data_path")))
-        return boto3.Session(botocore_session=inner, region_name=region)
+        return inner
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from launcher.credentials.aws import session, translated
+from launcher.credentials.aws import core_session, translated
 from launcher.errors import (
     AuthError,
     CapacityError,
@@ -25,7 +25,7 @@ from launcher.errors import (
 )
 
 if TYPE_CHECKING:
-    import boto3.session
+    import botocore.session
 
 __all__ = ["LOG_GROUP", "Access", "Account", "Json", "MissingError", "Quota", "quota_of"]
 
@@ -161,7 +161,7 @@ class Account:
 
     @functools.cached_property
     def region(self) -> str:
-        region = self._access.region or os.environ.get("AWS_REGION") or self._session.region_name
+        region = self._access.region or os.environ.get("AWS_REGION") or self._session.get_config_variable("region")
         if not region:
             raise SpecError(
                 f"nothing says which region target {self._name!r} is in: add region: eu-west-1", key="region"
@@ -174,16 +174,16 @@ class Account:
         return f"region {self.region}" + (f", profile {self.profile}" if self.profile else "")
 
     @functools.cached_property
-    def _session(self) -> boto3.session.Session:
+    def _session(self) -> botocore.session.Session:
         try:
-            return session(self.profile, self._access.region)
+            return core_session(self.profile)
         except UnsupportedError:
             raise UnsupportedError("the sagemaker backend needs boto3: pip install 'cvlaunch[sagemaker]'") from None
         except SpecError as error:
             raise SpecError(error.message, key="profile" if self.profile else None) from error
 
     def client(self, service: str) -> Any:
-        """boto3's, for what `call` can't do."""
+        """botocore's, for what `call` can't do."""
         with self._lock:
             if service not in self._clients:
                 self._clients[service] = self._new_client(service)
@@ -201,7 +201,7 @@ class Account:
             user_agent_extra="cvlaunch",
         )
         try:
-            return opened.client(
+            return opened.create_client(
                 service,
                 region_name=region,
                 endpoint_url=self._access.endpoints.get(service),
@@ -263,7 +263,7 @@ class Account:
             used = self._session.get_credentials()
             if used is None or hasattr(used, "refresh_needed"):
                 return False
-            fresh = session(self.profile, self._access.region)
+            fresh = core_session(self.profile)
             found = fresh.get_credentials()
             if found is None or found.get_frozen_credentials() == used.get_frozen_credentials():
                 return False

@@ -139,14 +139,22 @@ def write(store: Store, manifest: Manifest) -> None:
     store.write(MANIFEST, manifest.to_bytes())
 
 
-def push(folder: Path, store: Store, *, progress: Progress | None = None, prune: bool = False) -> Manifest:
+def push(
+    folder: Path,
+    store: Store | Callable[[Manifest], Store],
+    *,
+    progress: Progress | None = None,
+    prune: bool = False,
+) -> Manifest:
     """Makes `store` hold what `folder` holds: sends what differs, the manifest last. May be repeated and interrupted.
 
+    store: may be a function of what there is, so that other data get another place.
     While data is being sent the channel has no manifest, so that no job can be submitted with half of it.
     prune: delete what the store has and the folder hasn't; without it such files are a SpecError.
     """
     stamps = {path: _stamp(full) for path, full in _walk(folder)}
     local = scan(folder)
+    store = store(local) if callable(store) else store
     if store.local_path() == Path(os.path.abspath(folder)):  # noqa: PTH100
         write(store, local)
         return local

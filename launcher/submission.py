@@ -522,8 +522,19 @@ def _secret_text(path: Path, name: str) -> str:
         raise SpecError(f"{path} is not text; encode it, for example with base64", key=f"secrets.{name}") from None
 
 
-def push_channels(job: Path, *, backend: str | None, target: str | None, settings: Sequence[str], to: str) -> list[str]:
-    """`submit --push-data`: pushes each folder of this machine to `to/<channel>`; returns settings that point there."""
+def push_channels(
+    job: Path,
+    *,
+    backend: str | None,
+    target: str | None,
+    settings: Sequence[str],
+    to: str,
+    by_content: bool = False,
+) -> list[str]:
+    """`submit --push-data`: pushes each folder of this machine to `to/<channel>`; returns settings that point there.
+
+    by_content: to `to/<channel>-<beginning of its fingerprint>`, where nobody's data replace anybody else's.
+    """
     spec = load_job(job, settings)
     targets = load_targets(job.absolute().parent)
     selected = targets.select(target=target, backend=backend)
@@ -534,7 +545,19 @@ def push_channels(job: Path, *, backend: str | None, target: str | None, setting
             continue
         if spec.train is not None and name in ("train", "val"):
             check_channel(folder, spec.train, channel=name)
-        uri = join_uri(to, name)
-        manifest.push(folder, selected.store(uri))
-        changed.append(f"data.{name}={uri}")
+        pushed = _push(folder, selected, join_uri(to, name), by_content=by_content)
+        changed.append(f"data.{name}={pushed}")
     return changed
+
+
+def _push(folder: Path, selected: Selected, start: str, *, by_content: bool) -> str:
+    """Where it is now."""
+
+    def place(found: manifest.Manifest) -> str:
+        return f"{start}-{found.fingerprint[:_FINGERPRINT]}" if by_content else start
+
+    return place(manifest.push(folder, lambda found: selected.store(place(found))))
+
+
+_FINGERPRINT = 16
+"""Characters of 64: 64 bits."""

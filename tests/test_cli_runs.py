@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from launcher.cli.out import Out
 from launcher.ledger import Ledger
 from launcher.run import Run
 from launcher.status import State, Status
+from launcher.stores import open_store
 from tests.cli_tool import COMMAND, cli, cli_json, ledger_files, user, write_loop
 from tests.s3_fixtures import Bucket
 
@@ -404,3 +406,10 @@ def test_data_is_pushed_first_where_the_target_cannot_see_it(rclone_bucket: Buck
     assert (tmp_path / "runs" / run_id / "output/result.json").is_file()
     again = cli("logs", run_id, "--rank", "0", cwd=tmp_path)
     assert "hello from the store" in again.stdout
+    (tmp_path / "words/a.txt").write_text("hello from another\n")
+    (tmp_path / "words/b.txt").write_text("and more\n")
+    other = cli("submit", "job.yaml", "--push-data", "--target", "s3", "--follow", cwd=tmp_path)
+    assert "hello from another" in other.stderr
+    places = [re.search(r"pushed data.words to (\S+)", text)[1] for text in (done.stderr, other.stderr)]  # type: ignore[index]
+    first = open_store(places[0], rclone_bucket.server.options)
+    assert places[0] != places[1] and first.read("a.txt") == b"hello from the store\n", "nobody's data were replaced"

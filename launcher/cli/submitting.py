@@ -156,19 +156,15 @@ def _push(
             output = f"{selected.target.reached_by}{output}"
         if not is_uri(output):
             raise SpecError(f"target {selected.name!r} has no output in a store; write --push-data=URI")
-        to = join_uri(output, "_data", _slug(job))  # no run id starts with _
+        below = join_uri(output, "_data")  # no run id starts with _
     elif not is_uri(to):
         raise SpecError(f"{to!r} is not a place in a store; it looks like s3://bucket/folder", key="--push-data")
-    pushed = push_channels(job, backend=backend, target=target, settings=settings, to=to)
+    else:
+        below = to
+    pushed = push_channels(job, backend=backend, target=target, settings=settings, to=below, by_content=to == _AUTO)
     for setting in pushed:
         out.note(f"pushed {setting.replace('=', ' to ', 1)}")
     return tuple(pushed)
-
-
-def _slug(job: Path) -> str:
-    """Of the folder that the job file is in, and of its own name."""
-    text = f"{job.absolute().parent.name}-{job.stem}".lower()
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")
 
 
 def _submit(

@@ -49,6 +49,7 @@ USER = "arn:aws:sts::123456789012:user/moto"
 def ready(aws: AwsCloud) -> AwsCloud:
     """An account that takes the job which `asked()` is."""
     aws.bucket("probed")
+    aws.account.write("probed", "shapes/a.png", b"x")
     aws.role("prober")
     aws.serve_image(IMAGE, image="none")
     return aws
@@ -152,6 +153,10 @@ BAD: dict[str, tuple[Callable[[AwsCloud], object], dict[str, Any], dict[str, Any
         {}, ("data.val", True, [
         "bucket probed-us is in us-east-1 and the job in eu-west-1",
         "copy it to a bucket of eu-west-1, or run there: region: us-east-1 in the target",
+    ])),
+    "data not there yet": (nothing, {"channels": {"val": "s3://probed/shape"}}, {}, ("data.val", True, [
+        "there is nothing at s3://probed/shape: correct the place, or bring the data: "
+        "cvlaunch data push FOLDER s3://probed/shape --target aws",
     ])),
     "data missing": (nothing, {"channels": {"val": "s3://probed-none/x"}}, {},
         ("data.val", True, ["there is no bucket"])),
@@ -387,7 +392,7 @@ def test_a_probe_sees_what_there_is(ready: AwsCloud) -> None:
     ]
     assert found.longest_run == 432000
     assert {service.name: service.answer for service in found.services} == {
-        "STS": "yes", "SageMaker": "yes", "CloudWatch Logs": "not there", "S3": "yes", "ECR": "yes", "IAM": "yes",
+        "STS": "yes", "SageMaker": "yes", "CloudWatch Logs": "yes, with nothing in it yet", "S3": "yes", "ECR": "yes", "IAM": "yes",
         "Service Quotas": "yes",
     }  # fmt: skip
     assert found.problems == ()
@@ -543,6 +548,8 @@ def test_no_call_is_made_that_the_submitter_may_not_make() -> None:
     made = {call for path in modules for call in calls_in(path)}
     assert len(made) >= 15
     wanted = {f"{service.replace('-', '')}:{''.join(map(str.capitalize, name.split('_')))}" for service, name in made}
+    assert "s3:ListObjectsV2" in wanted
+    wanted = wanted - {"s3:ListObjectsV2"} | {"s3:ListBucket"}  # as IAM calls it
     allowed = {action for s in POLICIES["usual"]["submitter"]["Statement"] for action in s["Action"]}
     asked_in_vain = {"sts:GetCallerIdentity", "iam:SimulatePrincipalPolicy", "s3:HeadBucket"}
     """The first is everybody's; without the others something is not looked at, or in another way."""

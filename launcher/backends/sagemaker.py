@@ -36,6 +36,7 @@ from launcher.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from launcher.image import NAME as TRAINER
 from launcher.rules import RULES, ContainerRules
 from launcher.sagemaker import words
 from launcher.sagemaker.adoption import (
@@ -152,20 +153,32 @@ class SageMakerBackend:
         """Account, role, bucket, image and quota: each of them asked for."""
         from launcher.sagemaker.probe import Asked, check_job
 
+        made, longest = self._made_at_submission(job), longest_run(job, self.target)
+        if made:
+            yield made
         yield from check_job(
             self._account,
             self.target,
             Asked(
                 role=self.target.role,
-                image=job.image.reference if job.image else None,
+                image=job.image.reference if job.image and not made else None,
                 output=job.output,
                 channels={channel.name: channel.uri for channel in job.channels},
                 instance_types=instances(job, self.target),
                 instances=job.spec.resources.nodes,
                 spot=job.spec.resources.spot,
-                max_runtime=longest_run(job, self.target),
+                max_runtime=longest if job.spec.resources.timeout else 0.0,
             ),
         )
+
+    def _made_at_submission(self, job: Job) -> Problem | None:
+        """Of an image that is not in ECR yet, and needn't be."""
+        image, registry = job.image, self.target.registry
+        if image is None or image.digest or not registry or not image.reference.startswith(f"{registry}:"):
+            return None
+        if not (job.spec.build or job.spec.image == TRAINER):
+            return None
+        return Problem("image", f"submit builds it and pushes it as {image.reference}", fatal=False)
 
     # -- submission ---------------------------------------------------------------------------------------------------
 

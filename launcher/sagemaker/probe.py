@@ -111,7 +111,7 @@ def check_job(account: Account, target: SageMakerTarget, asked: Asked) -> Iterat
         "role": lambda: look.role(asked.role),
         "profile": lambda: look.rights(asked.role),
         "output": lambda: look.bucket("output", asked.output),
-        **{f"data.{name}": _question(look.bucket, f"data.{name}", uri) for name, uri in asked.channels.items()},
+        **{f"data.{name}": _question(look.channel, f"data.{name}", uri) for name, uri in asked.channels.items()},
         "image": lambda: look.image(asked.image),
         "resources": lambda: look.quotas(asked),
     }
@@ -153,6 +153,10 @@ def _unknown_types(names: Sequence[str]) -> Iterator[Problem]:
 
 
 # ---- one account
+
+
+_EMPTY = "yes, with nothing in it yet"
+"""A service's answer."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,18 @@ class _Look:
                 f"region: {way}, or run there: region: {region} in the target",
             )
 
+    def channel(self, key: str, uri: str) -> Iterator[Problem]:
+        wrong = list(self.bucket(key, uri))
+        yield from wrong
+        place = split_s3(uri)
+        if wrong or place is None:
+            return
+        bucket, prefix = place
+        folder = f"{prefix}/" if prefix else ""
+        if not self.account.call("s3", "list_objects_v2", Bucket=bucket, Prefix=folder, MaxKeys=1).get("KeyCount"):
+            push = f"cvlaunch data push FOLDER {uri} --target {self.account.name}"
+            yield Problem(key, f"there is nothing at {uri}: correct the place, or bring the data: {push}")
+
     def image(self, reference: str | None) -> Iterator[Problem]:
         if reference is None:
             return
@@ -308,7 +324,7 @@ class _Look:
         try:
             self.account.call(ask.service, ask.operation, **ask.parameters)
         except MissingError:
-            return Service(ask.name, ask.purpose, "not there")
+            return Service(ask.name, ask.purpose, _EMPTY)
         except CvlaunchError as error:
             answer = "no answer" if isinstance(error, UnreachableError) else "not allowed"
             return Service(ask.name, ask.purpose, answer, "" if ask.told else str(error))
@@ -644,7 +660,7 @@ def probe(account: Account, target: SageMakerTarget) -> Probe:
         output=target.output,
         bucket_region=region.result(),
         log_group=LOG_GROUP,
-        logs={"yes": True, "not there": False}.get(logs),
+        logs={"yes": True, _EMPTY: False}.get(logs),
         quotas=None if there is None else tuple(_instance_quotas(there)),
         longest_run=there[_LONGEST_RUN].value if there and _LONGEST_RUN in there else None,
         services=answers,

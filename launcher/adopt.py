@@ -47,7 +47,7 @@ def adopt(name: str, selected: Selected, *, ledger: Ledger) -> RunRecord:
     record = RunRecord(
         run_id=job.run_id,
         name=job.name,
-        created=time.time(),
+        created=found.elsewhere.created if found.elsewhere else time.time(),
         state=State.QUEUED,
         backend=backend.name,
         target_name=selected.name,

@@ -269,8 +269,8 @@ LINES = {
     "classify": (
         "epoch 2/3  loss 1.2345  acc 0.5000  val loss 0.9876  val acc 0.6250  lr 1.00e-03  812 images/s",
         {
-            "train/loss": 1.2345,
-            "train/accuracy": 0.5,
+            "train/epoch_loss": 1.2345,
+            "train/epoch_accuracy": 0.5,
             "val/loss": 0.9876,
             "val/accuracy": 0.625,
             "train/lr": 0.001,

@@ -223,6 +223,25 @@ def test_two_runs_among_very_many_jobs_of_others(site: SageMakerSite) -> None:
     assert (site.cloud.count(LIST), site.cloud.count(DESCRIBE)) == (1, 1), "one page, and then by name"
 
 
+def test_a_job_that_may_not_be_seen_hides_no_other(site: SageMakerSite) -> None:
+    runs = [site.send({}, {"name": name}) for name in ("one", "other")]  # which no list has together
+    for run in runs:
+        site.cloud.finish(name_of(run))
+    site.cloud.fail(
+        DESCRIBE, "AccessDeniedException", "not authorized to perform: sagemaker:DescribeTrainingJob", times=1
+    )
+    found = list(site.backend().status([run.handle for run in runs if run.handle]).values())
+    assert sorted((status.state, status.native) for status in found) == [
+        (State.SUCCEEDED, "Completed"), (State.UNKNOWN, "elsewhere"),
+    ]  # fmt: skip
+    assert any("sagemaker:DescribeTrainingJob" in status.reason for status in found)
+    site.cloud.fail(
+        DESCRIBE, "AccessDeniedException", "not authorized to perform: sagemaker:DescribeTrainingJob", times=2
+    )
+    with pytest.raises(AuthError):
+        site.backend().status([run.handle for run in runs if run.handle])
+
+
 def test_names_that_nobody_can_list(site: SageMakerSite) -> None:
     """Chosen with --run-id, of one run only, of none."""
     names = ["exp-1", "exp-2", "x-521v000001"]

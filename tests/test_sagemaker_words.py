@@ -319,7 +319,7 @@ def test_what_ended_it_outside_the_container_counts_more_than_the_runner_s_word(
     ("data", "found"),
     [
         (json.dumps({"native_id": ARN, "exit_code": 0}).encode(), {"native_id": ARN, "exit_code": 0}),
-        (json.dumps({"native_id": ""}).encode(), {"native_id": ""}),
+        (json.dumps({"native_id": ""}).encode(), None),
         (json.dumps({"native_id": f"{ARN}-2"}).encode(), None),
         (json.dumps({"exit_code": 0}).encode(), None),
         (b"[]", None),

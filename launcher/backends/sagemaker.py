@@ -264,23 +264,33 @@ class SageMakerBackend:
     # -- a run --------------------------------------------------------------------------------------------------------
 
     def status(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
-        """Of many by lists of their names; only those that have ended are described."""
+        """Of many by lists of their names; only those that have ended are described.
+
+        One that can't be asked about hides no other; an error is raised where nothing is known of any.
+        """
         names = {handle.native for handle in handles}
         listed = self._listed(names)
         asked = [name for name in names if name not in listed or words.summary_status(listed[name]).state.terminal]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = pool.map(lambda name: self._status(name, listed.get(name)), asked)
-            described = dict(zip(asked, found, strict=True))
-        return {handle: described.get(handle.native) or _by_summary(listed[handle.native]) for handle in handles}
+            found = dict(zip(asked, pool.map(lambda name: self._told(name, listed.get(name)), asked), strict=True))
+        errors = [told for told in found.values() if isinstance(told, CvlaunchError)]
+        if errors and len(errors) == len(names):
+            raise errors[0]
+        said = {name: _unseen(told) if isinstance(told, CvlaunchError) else told for name, told in found.items()}
+        return {handle: said.get(handle.native) or _by_summary(listed[handle.native]) for handle in handles}
 
-    def _status(self, name: str, listed: Json | None = None) -> Status:
-        """listed: what is said while AWS has no time for more, lest the others' ends are lost with this one's."""
+    def _told(self, name: str, listed: Json | None) -> Status | CvlaunchError:
+        """listed: what is said of it meanwhile if AWS has no time for more, and for good if it may not be described."""
         try:
-            job = self._describe(name)
+            return self._status(name)
         except UnreachableError as error:
-            if listed is None:
-                raise
-            return dataclasses.replace(_by_summary(listed), state=State.FINALIZING, reason=str(error))
+            unended = dataclasses.replace(_by_summary(listed), state=State.FINALIZING) if listed else None
+            return dataclasses.replace(unended, reason=str(error)) if unended else error
+        except AuthError as error:
+            return dataclasses.replace(_by_summary(listed), reason=str(error)) if listed else error
+
+    def _status(self, name: str) -> Status:
+        job = self._describe(name)
         if job is None:
             return Status(State.UNKNOWN, native="gone", reason=f"{self._account.where} has no training job {name}")
         return words.status_of(job, self._result(job), submission=submission_of(job))
@@ -433,6 +443,11 @@ def _by_summary(job: Json) -> Status:
     """The submission stands in its name alone; a name that somebody has chosen may end so by itself."""
     found = _SUFFIX.search(job["TrainingJobName"])
     return dataclasses.replace(words.summary_status(job), attempt=int((found and found["submission"]) or 1))
+
+
+def _unseen(error: CvlaunchError) -> Status:
+    """Not lost: somebody who may look sees it."""
+    return Status(State.UNKNOWN, native="elsewhere", reason=str(error))
 
 
 def _common(names: Collection[str]) -> str:

@@ -40,7 +40,8 @@ def _way(name: str, keys: Mapping[str, Any]) -> Way:
     if "login_session" in keys:
         return Way(f"the console login of profile {name}", "log in", ("aws", "login", "--profile", name))
     if "credential_process" in keys:
-        return Way(f"the program of profile {name}", f"see why it gives none: {keys['credential_process']}")
+        program = keys["credential_process"].split()[0]  # its arguments may be secrets
+        return Way(f"the program of profile {name}", f"see why {program} gives none")
     if "aws_access_key_id" in keys:
         edit = f"write new ones into ~/.aws/credentials, below [{name}], or run `aws configure --profile {name}`"
         return Way(f"the keys of profile {name}", edit)

@@ -54,24 +54,28 @@ _MOST_HYPERPARAMETERS, _LONGEST_HYPERPARAMETER = 100, 256
 _NUMBER = "([0-9.]+(?:e[+-]?[0-9]+)?)"
 _EPOCH = "epoch [0-9]+/[0-9]+"
 _SHARED = {
-    "train/loss": f"{_EPOCH}  loss {_NUMBER}",
     "train/lr": f"{_EPOCH}.*  lr {_NUMBER}",
     "train/images_per_second": f"{_EPOCH}.*  {_NUMBER} images/s",
 }
 METRICS: Mapping[str, Mapping[str, str]] = {
     "classify": {
         **_SHARED,
-        "train/accuracy": f"{_EPOCH}  loss [^ ]+  acc {_NUMBER}",
+        "train/epoch_loss": f"{_EPOCH}  loss {_NUMBER}",
+        "train/epoch_accuracy": f"{_EPOCH}  loss [^ ]+  acc {_NUMBER}",
         "val/loss": f"{_EPOCH}.*  val loss {_NUMBER}",
         "val/accuracy": f"{_EPOCH}.*  val acc {_NUMBER}",
     },
     "detect": {
         **_SHARED,
+        "train/loss": f"{_EPOCH}  loss {_NUMBER}",
         "val/map50": f"{_EPOCH}.*  val map50 {_NUMBER}",
         "val/map": f"{_EPOCH}.*  map {_NUMBER}",
     },
 }
-"""Task → name of a metric, as in metrics.jsonl → where it stands in the line that our trainer prints after an epoch."""
+"""Task → name of a metric → where it stands in the line that our trainer prints after an epoch.
+
+Names are those of metrics.jsonl, but for means over an epoch, where that has single steps.
+"""
 
 
 def instances(job: Job, target: SageMakerTarget) -> tuple[str, ...]:

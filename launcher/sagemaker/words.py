@@ -183,7 +183,7 @@ def read_result(data: bytes, arn: str) -> Mapping[str, Any] | None:
         result = json.loads(data)
     except ValueError:
         return None
-    return result if isinstance(result, dict) and result.get("native_id") in (arn, "") else None
+    return result if isinstance(result, dict) and result.get("native_id") == arn else None
 
 
 def _billed(job: Json) -> str:

@@ -49,7 +49,7 @@ class NoRangesError(Exception):
     """The server sent the whole object for a range."""
 
 
-_REGION = "the bucket is in another region, or needs one to be named: set `region`"
+_REGION = "the bucket is in another region than the named one, or needs one: set `region`, or choose another bucket"
 _REFUSED = "the service refused the credentials: check that they belong to this endpoint and account"
 _EXPIRED = "the credentials have expired: log in again"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -259,6 +260,7 @@ REFUSED: dict[str, tuple[Prepare, Keys, Keys, int, list[str]]] = {
                             [JOB, ": data.train: AWS refuses it (CreateTrainingJob): No S3 objects found under"]),
     "quota": (quota("ml.g4dn.xlarge", 0), {}, GPU, 5,
               ["the quota 'ml.g4dn.xlarge for training job usage' is 0 in eu-west-1, 0 are in use, and this needs 1",
+               "more: take another type, or ask for more: `aws ",
                RAISE, "--desired-value 1 --region eu-west-1"]),
     "quota in use": (quota("ml.m5.large", 2, running=2), {}, {}, 5,
                      ["'ml.m5.large for training job usage' is 2 in eu-west-1, 2 are in use", "--desired-value 3"]),
@@ -461,3 +463,24 @@ def test_a_closed_port_is_told_soon(site: SageMakerSite) -> None:
     with pytest.raises(UnreachableError):
         account.call("sts", "get_caller_identity")
     assert time.monotonic() - began < 5
+
+
+# -- render --check, and what is said besides -------------------------------------------------------------------------
+
+
+def test_an_image_that_submit_will_push_is_no_fault(site: SageMakerSite, called: Called) -> None:
+    place = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/team/trainer"
+    site.write({"registry": place}, {"image": "cvlaunch-trainer"})
+    said = called("render", "job.yaml", "--target", "aws", "--check")
+    assert (said.code, "refused:" in said.err) == (0, False), said.err
+    assert f"warning: image: submit builds it and pushes it as {place}:" in said.err
+    site.write({"registry": place}, {"image": f"{place}:of-somebody"})
+    said = called("render", "job.yaml", "--target", "aws", "--check")
+    assert said.code == 2 and "refused: image: there is no " in said.err
+
+
+def test_a_sweep_says_what_each_run_costs(site: SageMakerSite, called: Called) -> None:
+    site.write({}, {"env": {"SEED": "0"}})
+    said = called("submit", "job.yaml", "--target", "aws", "--sweep", "env.SEED=1,2,3")
+    assert said.code == 0 and len(site.cloud.names) == 3, said.err
+    assert re.search(r"^cost: at most about .* \(each of 3 runs\)$", said.err, re.MULTILINE), said.err

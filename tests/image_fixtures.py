@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 
 from tests.services import base, image
 from tests.services.podman import locked
 from tests.services.registry import Registry, registry_server
+
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +47,12 @@ def registry(registry_process: Registry, monkeypatch: pytest.MonkeyPatch) -> str
     for name, value in registry_process.environment.items():
         monkeypatch.setenv(name, value)
     return registry_process.address
+
+
+def with_images(test: Test) -> Test:
+    """A test with an engine and a registry that builds, pushes or removes images."""
+    needs = pytest.mark.needs("podman", "debootstrap", "docker-registry")
+    return pytest.mark.usefixtures("images_alone")(needs(test))
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ import pytest
 from launcher.image import folder_recipe
 from tests.cli_tool import COMMAND, cli, cli_json
 from tests.fake_engine import FakeEngine
+from tests.image_fixtures import with_images
 from tests.services.podman import podman
-
-NEEDS = pytest.mark.needs("podman", "debootstrap", "docker-registry")
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def folder(tmp_path: Path, base_image: str, monkeypatch: pytest.MonkeyPatch) -> 
             podman("rmi", "--force", tag, check=False)
 
 
-@NEEDS
+@with_images
 def test_build_prints_the_reference_alone(folder: Path, tmp_path: Path) -> None:
     first = cli("image", "build", folder, cwd=tmp_path)
     reference = folder_recipe(folder).reference
@@ -53,7 +52,7 @@ def test_build_prints_the_reference_alone(folder: Path, tmp_path: Path) -> None:
     assert facts["rebuilt"] is False and facts["config_digest"].startswith("sha256:") and len(facts["layers"]) == 3
 
 
-@NEEDS
+@with_images
 def test_the_engine_s_options_stand_behind_two_dashes(folder: Path, tmp_path: Path) -> None:
     done = cli("image", "build", folder, "--", "--build-arg", "WORD=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -64,7 +63,7 @@ def test_the_engine_s_options_stand_behind_two_dashes(folder: Path, tmp_path: Pa
     assert wrong.returncode == 2 and "no-such-option" in wrong.stderr
 
 
-@NEEDS
+@with_images
 def test_push_prints_the_reference_by_digest(folder: Path, registry: str, tmp_path: Path) -> None:
     built = cli("image", "build", folder, cwd=tmp_path).stdout.strip()
     done = cli("image", "push", built, f"{registry}/{folder.name}", cwd=tmp_path)
@@ -87,7 +86,7 @@ WARNINGS = [
 ]
 
 
-@NEEDS
+@with_images
 @pytest.mark.parametrize(("line", "platform", "warnings"), WARNINGS, ids=["fine", "entry", "contract", "user", "arm"])
 def test_inspect_warns_of_what_jobs_will_meet(
     folder: Path, tmp_path: Path, line: str, platform: str, warnings: list[str]
@@ -110,14 +109,14 @@ def test_inspect_warns_of_what_jobs_will_meet(
     assert shown.stderr.count("warning: ") == len(warnings)
 
 
-@NEEDS
+@with_images
 def test_inspect_knows_our_image(trainer_image_here: str, tmp_path: Path) -> None:
     seen = cli_json("image", "inspect", "cvlaunch-trainer", cwd=tmp_path)
     assert (seen["reference"], seen["warnings"], seen["contract"]) == (trainer_image_here, [], "1")
     assert seen["packages"] > 50 and len(seen["layers"]) >= 5 and seen["user"] == ""
 
 
-@NEEDS
+@with_images
 def test_one_live_line_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     """Lines of the engine pass by in it; the reference goes to the pipe."""
     ours, theirs = pty.openpty()

@@ -47,12 +47,12 @@ from launcher.rules import ContainerRules
 from launcher.spec import JobSpec
 from launcher.targets import Selected, Targets
 from tests.fake_engine import FakeEngine
+from tests.image_fixtures import with_images
 from tests.s3_fixtures import Bucket
 from tests.services.podman import podman
 from tests.services.registry import registry_server
 
 ROOT = Path(__file__).parent.parent
-NEEDS = pytest.mark.needs("podman", "debootstrap", "docker-registry")
 
 
 def silent(line: str) -> None:
@@ -213,6 +213,7 @@ IGNORES = ["*.log\n# no\n\n!keep.log\nsub/*/deep\n**/cache\n/top\n", "sub\n", "*
 
 
 @pytest.mark.needs("podman")
+@pytest.mark.usefixtures("images_alone")
 @pytest.mark.parametrize("rules", IGNORES, ids=range(len(IGNORES)))
 def test_what_is_ignored_is_what_the_engine_ignores(tmp_path: Path, rules: str) -> None:
     """The image says what podman got; each of these files changes the tag, and none of the others does."""
@@ -308,7 +309,7 @@ def project(tmp_path: Path, engine: Engine, made: list[str], base_image: str) ->
     return Project(where, engine, made)
 
 
-@NEEDS
+@with_images
 def test_an_image_is_built_once(project: Project) -> None:
     lines: list[str] = []
     first = project.build(say=lines.append)
@@ -323,7 +324,7 @@ def test_an_image_is_built_once(project: Project) -> None:
     assert other.image.config_digest != first.image.config_digest
 
 
-@NEEDS
+@with_images
 def test_of_two_at_once_one_builds(project: Project) -> None:
     (project.folder / "Dockerfile").write_text(
         (project.folder / "Dockerfile").read_text().replace("COPY", "RUN sleep 1\nCOPY")
@@ -341,7 +342,7 @@ def test_of_two_at_once_one_builds(project: Project) -> None:
     assert sum(line == f"another process builds {recipe.reference}; waiting for it" for line in lines) == 2
 
 
-@NEEDS
+@with_images
 def test_our_image_comes_before_one_that_starts_from_it(project: Project, trainer_image_here: str) -> None:
     (project.folder / "Dockerfile").write_text("ARG TRAINER\nFROM ${TRAINER}\nCOPY code /code\n")
     built = project.build()
@@ -350,7 +351,7 @@ def test_our_image_comes_before_one_that_starts_from_it(project: Project, traine
     assert ours is not None and built.image.layers[: len(ours.layers)] == ours.layers
 
 
-@NEEDS
+@with_images
 def test_ctrl_c_ends_the_engine_and_leaves_nothing(project: Project) -> None:
     pause, base = f"6{os.getpid()}", project.build().reference
     (project.folder / "Dockerfile").write_text(f"FROM {base}\nRUN sleep {pause}\n")
@@ -402,7 +403,7 @@ FAILURES = {
 }
 
 
-@NEEDS
+@with_images
 @pytest.mark.parametrize("what", FAILURES)
 def test_a_dockerfile_that_fails_is_named(project: Project, what: str) -> None:
     line, kind, says = FAILURES[what]
@@ -440,7 +441,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -- registries -------------------------------------------------------------------------------------------------------
 
 
-@NEEDS
+@with_images
 def test_a_push_says_the_digest_that_the_registry_has(project: Project, registry: str) -> None:
     built = project.build()
     pushed = push(project.engine, built.reference, f"{registry}/team/x", say=silent)
@@ -470,7 +471,7 @@ def _manifest(registry: str, repository: str, tag: str) -> tuple[str, str]:
     return answer.headers["Docker-Content-Digest"], json.loads(content)["config"]["digest"]
 
 
-@NEEDS
+@with_images
 def test_registries_that_say_no(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = project.build().reference
     with (
@@ -503,7 +504,7 @@ def test_registries_that_say_no(project: Project, tmp_path: Path, monkeypatch: p
             pull(project.engine, f"{closed.address}/x:other", say=silent)
 
 
-@NEEDS
+@with_images
 @pytest.mark.parametrize(
     ("source", "to", "says"),
     [
@@ -522,7 +523,7 @@ def test_what_can_t_be_pushed(project: Project, source: str | None, to: str, say
 INSTALLATION = ("launcher", "templates", "trainer_image")
 
 
-@NEEDS
+@with_images
 def test_a_change_of_the_trainer_pushes_little(
     tmp_path: Path, base_image: str, registry_process: object, registry: str, made: list[str]
 ) -> None:
@@ -681,7 +682,7 @@ def resolved(
     )
 
 
-@NEEDS
+@with_images
 def test_the_same_job_before_and_after_the_push(
     project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -705,7 +706,7 @@ def test_the_same_job_before_and_after_the_push(
     assert by_digest.image == sent.image and by_digest.digest == sent.digest
 
 
-@NEEDS
+@with_images
 def test_what_was_pushed_needs_no_engine_later(
     project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -719,7 +720,7 @@ def test_what_was_pushed_needs_no_engine_later(
     assert job.image.config_digest == built.image.config_digest and job.unpinned == ()
 
 
-@NEEDS
+@with_images
 def test_an_engine_is_asked_once_about_an_image_by_digest(
     project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -735,7 +736,7 @@ def test_an_engine_is_asked_once_about_an_image_by_digest(
         assert "is fixed, but" in resolved(Far, tmp_path, image=f"{name}@sha256:{'1' * 64}").unpinned[0]
 
 
-@NEEDS
+@with_images
 def test_what_is_not_here_is_pulled_to_be_sent_only(
     project: Project, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

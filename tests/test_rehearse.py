@@ -82,7 +82,8 @@ def images(base_image: str, tmp_path_factory: pytest.TempPathFactory, monkeypatc
         reference = f"localhost/cvlaunch-test-rehearsal-{name}:{digest[:12]}"
         with locked("rehearsal"):
             if not image_exists(reference):
-                _build(base_image, script, reference, tmp_path_factory.mktemp("image"))
+                with locked("images"):
+                    _build(base_image, script, reference, tmp_path_factory.mktemp("image"))
         return reference
 
     return image_of

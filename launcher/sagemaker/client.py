@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -223,9 +224,9 @@ class Account:
         pauses, silences, renewed = _pauses(self._attempts), 0, False
         while True:
             client = self.client(service)
-            self._wait_turn(operation)
             try:
-                return self._once(client, service, operation, parameters)
+                with self._turn(operation):
+                    return self._once(client, service, operation, parameters)
             except UnreachableError as error:
                 if isinstance(error, _DoubtError):
                     doubt = error
@@ -241,9 +242,11 @@ class Account:
                 else:
                     raise
 
-    def _wait_turn(self, operation: str) -> None:
-        """Whoever else asks, too: threads stand in one line."""
+    @contextlib.contextmanager
+    def _turn(self, operation: str) -> Iterator[None]:
+        """Whoever else asks, too: threads stand in one line. The pause counts from the end: a start may take long."""
         if (pause := _EVERY_S.get(operation)) is None:
+            yield
             return
         with self._lock:
             now = self._clock()
@@ -251,6 +254,11 @@ class Account:
             self._next[operation] = turn + pause
         if turn > now:
             self._sleep(turn - now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._next[operation] = max(self._next[operation], self._clock() + pause)
 
     def _renew(self, client: Any, service: str) -> bool:
         """Whether there are other keys now, such as somebody has written into ~/.aws/credentials meanwhile.

@@ -42,6 +42,7 @@ __all__ = [
     "Support",
     "Transport",
     "Url",
+    "asked_of_foreign",
     "disk_for_data",
     "features_missing",
     "native_name",
@@ -441,6 +442,15 @@ class Backend(Protocol):
     def store(self, uri: str) -> Store | None:
         """A store for schemes that only this backend can reach (pvc://, ssh://), else None."""
         ...
+
+
+def asked_of_foreign(job: Job, lacking: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What a job with a foreign image (runner: none) asks for, of what only our runner does.
+
+    lacking: key of the job → why such an image can't have it on this platform.
+    """
+    if job.spec.runner == "none":
+        yield from ((key, why) for key, why in lacking.items() if getattr(job.spec, key))
 
 
 def native_name(run_id: str, attempt: int = 1) -> str:

@@ -25,6 +25,7 @@ from launcher.backends.base import (
     Problem,
     Support,
     Transport,
+    asked_of_foreign,
 )
 from launcher.containers import end_of, known_id, run_engine
 from launcher.contract import DEFAULT_ROOT, OUTPUT_FOLDERS, JobFile
@@ -266,9 +267,7 @@ def _check_foreign(job: Job) -> Iterator[Problem]:
     """What only our runner does."""
     if job.spec.runner != "none":
         return
-    for key, why in _FOREIGN.items():
-        if getattr(job.spec, key):
-            yield Problem(key, why)
+    yield from (Problem(key, why) for key, why in asked_of_foreign(job, _FOREIGN))
     if scheme(job.output) != "file":
         yield Problem("output", f"{_NO_RUNNER}: results can't go to {job.output}; write a folder")
     for channel in job.channels:

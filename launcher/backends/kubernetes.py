@@ -28,6 +28,7 @@ from launcher.backends.base import (
     Problem,
     Support,
     Transport,
+    asked_of_foreign,
 )
 from launcher.contract import (
     DEFAULT_ROOT,
@@ -637,9 +638,7 @@ def _check_foreign(job: Job) -> Iterator[Problem]:
     """What only our runner does."""
     if job.spec.runner != "none":
         return
-    for key, why in _FOREIGN.items():
-        if getattr(job.spec, key):
-            yield Problem(key, why)
+    yield from (Problem(key, why) for key, why in asked_of_foreign(job, _FOREIGN))
     for channel in job.channels:
         if channel.access != "mounted":
             yield Problem(f"data.{channel.name}", f"{channel.uri} can't be fetched without our runner; give pvc://…")

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from launcher.credentials import aws, google
 from launcher.engine import Engine, LocalImage
 from launcher.errors import AuthError, SpecError, UnsupportedError
 from launcher.paths import cache_folder, data_folder
+from launcher.stores import copy_into_place
 
 __all__ = [
     "Pushed",
@@ -150,9 +150,7 @@ def config_known(reference: str) -> str | None:
 
 
 def note_config(reference: str, config_digest: str) -> None:
-    path = _config_note(reference)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, config_digest)
+    _write(_config_note(reference), config_digest)
 
 
 def _config_note(reference: str) -> Path:
@@ -169,16 +167,12 @@ def _read(path: Path) -> Pushed | None:
 
 def _remember(pushed: Pushed) -> None:
     for name in (pushed.reference, pushed.pinned):
-        path = _note(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(dataclasses.asdict(pushed)))
+        _write(_note(name), json.dumps(dataclasses.asdict(pushed)))
 
 
 def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    with copy_into_place(path) as file:
+        file.write(text.encode())
 
 
 def _notes() -> Path:

@@ -142,8 +142,6 @@ class Account:
         self._clients: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._next: dict[str, float] = {}
-        self.calls = 0
-        """Made so far, without repetitions; each page counts."""
 
     def hasty(self) -> Account:
         """The same identity, which soon gives up: for questions that nothing hangs on."""
@@ -219,7 +217,6 @@ class Account:
 
         MissingError if what it names is not there. UnreachableError may mean that it took effect all the same.
         """
-        self.calls += 1
         doubt: _DoubtError | None = None
         pauses, silences, renewed = _pauses(self._attempts), 0, False
         while True:

@@ -80,17 +80,21 @@ Names are those of metrics.jsonl, but for means over an epoch, where that has si
 
 def instances(job: Job, target: SageMakerTarget) -> tuple[str, ...]:
     """Acceptable types, best first; several only where SageMaker may choose. SpecError if it has none that will do."""
-    found = target.instance_types or tuple(
-        kind.name for kind in _chosen(job, target) if kind not in too_large(job, target)
-    )
+    found = target.instance_types or tuple(kind.name for kind in _sorted_out(job, target)[0])
     return found[:1] if job.spec.resources.spot else found
 
 
 def too_large(job: Job, target: SageMakerTarget) -> tuple[InstanceType, ...]:
     """Types of acceptable GPUs that are sold in such numbers that nobody means them who names others beside."""
+    return _sorted_out(job, target)[1]
+
+
+def _sorted_out(job: Job, target: SageMakerTarget) -> tuple[tuple[InstanceType, ...], tuple[InstanceType, ...]]:
+    """(those that will do, those that are passed over for them)"""
     chosen = _chosen(job, target)
     large = tuple(kind for kind in chosen if kind.gpus >= _TOO_MANY * job.spec.resources.gpus > 0)
-    return large if len(large) < len(chosen) else ()
+    fitting = tuple(kind for kind in chosen if kind not in large)
+    return (fitting, large) if fitting else (chosen, ())
 
 
 def _chosen(job: Job, target: SageMakerTarget) -> tuple[InstanceType, ...]:

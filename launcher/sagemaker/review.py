@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from launcher.backends.base import Job, Remarks
+from launcher.backends.base import Job, Remarks, asked_of_foreign
 from launcher.errors import SpecError, UnsupportedError, nearest
 from launcher.quantities import format_duration
 from launcher.rules import RULES
@@ -120,11 +120,9 @@ def _place(channel: Json) -> str:
 
 
 def _check_features(job: Job, *, isolated: bool) -> None:
-    if job.spec.runner == "none":
-        for key, why in _FOREIGN.items():
-            if getattr(job.spec, key):
-                raise UnsupportedError(why, key=key)
-    elif isolated and (lacking := _out_of_reach(job)):
+    for key, why in asked_of_foreign(job, _FOREIGN):
+        raise UnsupportedError(why, key=key)
+    if isolated and job.spec.runner != "none" and (lacking := _out_of_reach(job)):
         key, way_out = lacking
         raise UnsupportedError(f"under network_isolation the job reaches nothing: {way_out}", key=key)
     for variable, reference in job.spec.secrets.items():

@@ -362,7 +362,7 @@ def test_what_the_cluster_refuses(site: Site, name: str) -> None:
     assert ("\n" not in text and "context test (" in text) or KEPT in text
     (run,) = runs()
     assert (run.record.state, run.handle) == (State.NOT_SUBMITTED, None)
-    assert site.left() == {}
+    until(lambda: site.left() == {})
 
 
 def test_openshift_s_constraint_names_the_backend_that_meets_it(kube: KubeCluster, site: Site) -> None:
@@ -678,7 +678,7 @@ def test_a_run_that_waits_in_a_queue_is_cancelled(site: Site) -> None:
     run = site.send(with_queue(site))
     assert run.status().native == "Suspended"
     assert run.cancel().state is State.CANCELLED
-    assert site.left() == {}
+    until(lambda: site.left() == {})
 
 
 def cordon(cluster: KubeCluster, *, again_open: bool = False) -> None:

@@ -242,6 +242,8 @@ SEEN: dict[str, Case] = {
     "claim of data": (claim(), ON_CLAIM, {"data": {"train": "pvc://data/x"}}, "data.train: context test ("),
     "nodes": (claim(), ON_CLAIM, resources(nodes=2),
               "resources.nodes: claim runs is ReadWriteOnce, and several nodes need ReadWriteMany: use another, or"),
+    "a claim that is only read": (claim("ReadOnlyMany"), ON_CLAIM, {},
+                                   "there.output: claim runs is ReadOnlyMany, and results are written: use another"),
     "pull secret": (nothing, {"image_pull_secrets": ["quay"]}, {}, "image_pull_secrets: there is no Secret quay in"),
     "storage secret": (nothing, {"storage_secret": "s3"}, {}, "storage_secret: there is no Secret s3 in context test"),
     "secret": (nothing, {}, {"secrets": {"TOKEN": "store:keys/one"}}, "secrets.TOKEN: there is no Secret keys in"),
@@ -853,6 +855,17 @@ def test_several_nodes_that_a_colleague_applied(site: Site, monkeypatch: pytest.
     assert holds(list(yaml.safe_load_all(run.record.plan["text"])), list(yaml.safe_load_all(text)))
     assert run.status().state in (State.QUEUED, State.STARTING)
     assert attach("by-hand-2", target="there").id == run.id
+
+
+def test_a_foreign_image_that_a_colleague_applied(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent again, it is started as it was: by its own entry point."""
+    monkeypatch.chdir(site.project)
+    site.write({}, {"runner": "none", "image": "registry.example.com/debian:12", "command": ["true"]})
+    text = apply(site, "by-hand-4")
+    again = attach("by-hand-4", target="there").rerun()
+    (container,) = yaml.safe_load(again.record.plan["text"])["spec"]["template"]["spec"]["containers"]
+    (wanted,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == wanted["args"] == ["true"] and "command" not in container
 
 
 def test_what_can_t_be_taken_in(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

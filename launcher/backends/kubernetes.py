@@ -161,12 +161,8 @@ class KubernetesBackend:
                 yield Problem(key, f"{message}: make it, or correct the name (`cvlaunch targets probe`)")
             elif found.get("status", {}).get("phase") == "Lost":
                 yield Problem(key, f"the PersistentVolumeClaim {claim} has lost its volume: use another one")
-            elif job.spec.resources.nodes > 1 and not {"ReadWriteMany", "ReadOnlyMany"} & {
-                *found["spec"]["accessModes"]
-            }:
-                modes = ", ".join(found["spec"]["accessModes"])
-                message = f"claim {claim} is {modes}, and several nodes need ReadWriteMany: use another, or one node"
-                yield Problem("resources.nodes", message)
+            else:
+                yield from _check_modes(claim, found["spec"]["accessModes"], key, job.spec.resources.nodes)
 
     def _check_gpus(self, job: Job) -> Iterator[Problem]:
         """Whether some node has them; an autoscaler may bring nodes that nobody sees yet."""
@@ -320,7 +316,8 @@ class KubernetesBackend:
         if job["spec"].get("completionMode") == "Indexed":
             service = self._cluster.get(self._cluster.path("services", name))
             documents += [_as_sent(service)] if service else []
-        return Adopted(self._handle(name), dump_yaml(documents), JobFile.from_bytes(text.encode()))
+        has_runner = words.has_runner(job["spec"]["template"])
+        return Adopted(self._handle(name), dump_yaml(documents), JobFile.from_bytes(text.encode()), has_runner)
 
     # -- what became of it --------------------------------------------------------------------------------------------
 
@@ -471,7 +468,7 @@ class KubernetesBackend:
         if not running:
             raise SpecError(f"no pod of {run_id} is running; a command runs only beside a run that is going on")
         pod = min(running, key=words.completion_index)
-        if pod["spec"]["containers"][0].get("command"):
+        if words.has_runner(pod):
             script = Path(beside.__file__).read_text(encoding="utf-8")
             command = ["python3", "-c", script, run_id, DEFAULT_ROOT, *command]
         return exec_in(self._cluster, pod["metadata"]["name"], CONTAINER, command, tty=tty)
@@ -553,6 +550,16 @@ def _owner(job: Json) -> Json:
 
 
 _NO_UID = "00000000-0000-0000-0000-000000000000"
+
+
+def _check_modes(claim: str, modes: Sequence[str], key: str, nodes: int) -> Iterator[Problem]:
+    """Whether so many nodes can use a claim for what the job's key asks of it: to read, or to write its output."""
+    named, written = ", ".join(modes), key == "output"
+    if written and {*modes} == {"ReadOnlyMany"}:
+        yield Problem(key, f"claim {claim} is {named}, and results are written: use another")
+    elif nodes > 1 and not {"ReadWriteMany", "" if written else "ReadOnlyMany"} & {*modes}:
+        message = f"claim {claim} is {named}, and several nodes need ReadWriteMany: use another, or one node"
+        yield Problem("resources.nodes", message)
 
 
 def _owned(document: Json, owner: Json) -> Json:

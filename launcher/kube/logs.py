@@ -124,7 +124,7 @@ class _Pods:
         status = words.main_container(pod)
         state, now = status.get("state") or {}, int(status.get("restartCount") or 0)
         name, container = pod["metadata"]["name"], status.get("name", words.CONTAINER)
-        has_runner = bool(pod["spec"]["containers"][0].get("command"))
+        has_runner = words.has_runner(pod)
         over = pod["status"].get("phase") in ("Failed", "Succeeded")
         for start in range(max(now - 1, 0), now + 1):
             fresh = Piece(_Start(name, container), words.completion_index(pod), has_runner)

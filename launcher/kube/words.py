@@ -31,6 +31,7 @@ __all__ = [
     "annotations_of",
     "completion_index",
     "condition",
+    "has_runner",
     "held_by",
     "is_ours",
     "is_over",
@@ -150,6 +151,11 @@ def condition(obj: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
     """The one of this type, if it holds."""
     found = (obj.get("status") or {}).get("conditions") or ()
     return next((c for c in found if c["type"] == kind and c["status"] == "True"), None)
+
+
+def has_runner(pod: Mapping[str, Any]) -> bool:
+    """Of a pod or a Job's template of it: a foreign image (`runner: none`) is started by its own entry point."""
+    return bool(pod["spec"]["containers"][0].get("command"))
 
 
 def main_container(pod: Mapping[str, Any]) -> Mapping[str, Any]:

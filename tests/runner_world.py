@@ -48,7 +48,7 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", PRELUDE + code)
 
 
-def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -80,7 +80,7 @@ class Running:
         self.process.send_signal(number)
         return self
 
-    def end(self, seconds: float = 30.0) -> Ended:
+    def end(self, seconds: float = 120.0) -> Ended:
         """seconds counts from the signal, if one was sent."""
         try:
             code = self.process.wait(seconds)
@@ -107,7 +107,7 @@ class RunnerWorld:
             "job_digest": "0" * 64,
             "output": self.output,
             "command": command,
-            "grace_s": 10.0,
+            "grace_s": 100.0,
             "movers": IN_PLACE if self.in_place else UPLOADED,
         }
         return JobFile(**{**facts, **changes})

@@ -84,11 +84,11 @@ def test_temporary_files_where_tmp_can_t_be_written(tmp_path: Path) -> None:
 
 
 def test_sockets_can_stand_in_the_temporary_folder(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 90) / ".scratch-x12"
+    deep = tmp_path / ("d" * 90) / f".scratch-{os.getpid()}"
     found = environment(tmp_path, {"HOME": "/", "TMPDIR": NOWHERE}, scratch=deep)
     folder = Path(found["TMPDIR"])
     try:
-        assert folder.is_dir() and folder.name == "scratch-x12"
+        assert folder.is_dir() and folder.name == f"scratch-{os.getpid()}"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(folder / "listener-of-a-data-loader"))
     finally:

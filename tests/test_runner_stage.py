@@ -193,6 +193,9 @@ def test_newest_checkpoint_that_checks_comes_in_alone(tmp_path: Path) -> None:
     assert "resuming from checkpoint 100" in ended.output and "['100']" in ended.output
 
 
+SECOND_LOG = "output/logs/attempt-2.node-0.log"
+
+
 def test_second_machine_goes_on_with_checkpoint_and_metrics(tmp_path: Path) -> None:
     program = """
 step = max([int(p.name) for p in ml.checkpoints.iterdir()], default=0)
@@ -202,6 +205,7 @@ checkpoint(step + 1)
 ready()
 time.sleep(60 if step < 2 else 0)
 """
+    store = open_store(str(RunnerWorld(tmp_path).run))
     for attempt, kill in ((1, False), (2, True), (3, False)):
         world = RunnerWorld(tmp_path, in_place=False, name=str(attempt))
         job = world.job(python(program))
@@ -209,6 +213,7 @@ time.sleep(60 if step < 2 else 0)
         if kill:  # the machine is gone; what has left so far has to do
             until((world.run / "checkpoints/2/complete.json").exists)
             until(lambda sent=world.run / "segments/output/metrics.jsonl": list(sent.glob("seg-*")))
+            until(lambda: b"from step 1" in read_appended(store, SECOND_LOG)[0])
             running.process.kill()
             running.process.wait()
         elif attempt == 1:

@@ -32,7 +32,7 @@ def world(tmp_path: Path) -> RunnerWorld:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signal_preempts_with_a_checkpoint(world: RunnerWorld, number: int) -> None:
     ended = world.start(world.job(python(OBEDIENT))).printed("ready").signal(number).end()
-    assert ended.code == 75 and "told: preempted" in ended.output and ended.seconds < 5
+    assert ended.code == 75 and "told: preempted" in ended.output and ended.seconds < 30
     assert world.result["state"] == "PREEMPTED"
 
 
@@ -60,8 +60,8 @@ def test_command_without_a_checkpoint_keeps_its_code(world: RunnerWorld) -> None
 
 
 def test_command_that_ignores_term_is_killed_within_its_share(world: RunnerWorld) -> None:
-    ended = world.start(world.job(python(STUBBORN), grace_s=3)).printed("ready").signal().end()
-    assert ended.code == 137 and 1.7 < ended.seconds < 3
+    ended = world.start(world.job(python(STUBBORN), grace_s=25)).printed("ready").signal().end()
+    assert ended.code == 137 and 15 <= ended.seconds < 25
     assert world.result["state"] == "PREEMPTED"
 
 
@@ -74,27 +74,27 @@ def test_no_grandchild_survives(world: RunnerWorld) -> None:
     command = ("sh", "-c", f"{program[0]} {script}; true")
     world.start(world.job(command, grace_s=2)).printed("ready").signal().end()
     pid = int(world.read("output/pid"))
-    until(lambda: not _alive(pid), 3)
+    until(lambda: not _alive(pid))
 
 
 def test_what_a_finished_command_leaves_behind_does_not_hold_the_run(world: RunnerWorld) -> None:
-    ended = world.end(world.job(("sh", "-c", "sleep 50 & echo $!; exit 3")))
-    assert ended.code == 3 and ended.seconds < 10
+    ended = world.end(world.job(("sh", "-c", "sleep 600 & echo $!; exit 3")))
+    assert ended.code == 3 and ended.seconds < 60
     pid = next(int(line) for line in ended.output.splitlines() if line.isdigit())
-    until(lambda: not _alive(pid), 3)
+    until(lambda: not _alive(pid))
 
 
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 def test_term_during_the_back_off(world: RunnerWorld) -> None:
-    running = world.start(world.job(python("sys.exit(9)"), retries=9)).printed("restart 2 of 9")
+    running = world.start(world.job(python("sys.exit(9)"), retries=9)).printed("restart 4 of 9")
     ended = running.signal().end()
-    assert ended.seconds < 2 and world.result["state"] == "PREEMPTED" and world.result["restarts"] == 2
+    assert ended.seconds < 6 and world.result["state"] == "PREEMPTED" and world.result["restarts"] == 4
 
 
 @pytest.mark.needs("linux")
@@ -106,7 +106,7 @@ def test_term_while_the_preparation_hangs(tmp_path: Path) -> None:
     job = world.job(python("print('ran')"), secrets={"TOKEN": "file:token"})
     running = world.start(job, env={"CVLAUNCH_SECRETS_FILE": str(pipe)}).printed("attempt 1")
     ended = running.signal().end()
-    assert ended.code == 75 and ended.seconds < 3 and "ran" not in ended.output
+    assert ended.code == 75 and ended.seconds < 30 and "ran" not in ended.output
     assert world.result["state"] == "PREEMPTED"
 
 
@@ -117,7 +117,7 @@ def test_term_between_any_two_steps(tmp_path: Path) -> None:
         running = world.start(world.job(python("time.sleep(60)")))
         threading.Event().wait(delay)
         ended = running.signal().end()
-        assert ended.seconds < 5 and ended.code in (75, 143, -signal.SIGTERM), ended
+        assert ended.seconds < 30 and ended.code in (75, 143, -signal.SIGTERM), ended
         if ended.code == -signal.SIGTERM:  # Python itself was still starting
             assert not (world.run / "owner").exists()
         elif (world.run / "output/result.json").exists():

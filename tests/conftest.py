@@ -11,12 +11,17 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.services.podman import configure, podman_works
 from tests.services.slurm import slurm_works
 
 pytest.register_assert_rewrite("launcher.testing.conformance", "tests.distant_stores")
+hypothesis.settings.register_profile(
+    "of any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("of any speed")
 pytest_plugins = [
     "tests.s3_fixtures",
     "tests.image_fixtures",

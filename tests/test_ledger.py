@@ -16,6 +16,9 @@ from launcher.ledger import Ledger, RunRecord, new_run_id, valid_run_id
 from launcher.process import ProcessId
 from launcher.status import State, Status
 
+SPAWN = multiprocessing.get_context("spawn")
+"""A fork of a process with threads may hang: servers of other tests run in this one."""
+
 
 def record(run_id: str, **changes: object) -> RunRecord:
     facts = {
@@ -112,7 +115,7 @@ def _add_tags(folder: Path, number: int) -> None:
 
 def test_processes_share_it(ledger: Ledger) -> None:
     ledger.create(record("digits-shared0000"))
-    processes = [multiprocessing.Process(target=_add_tags, args=(ledger.folder, n)) for n in range(4)]
+    processes = [SPAWN.Process(target=_add_tags, args=(ledger.folder, n)) for n in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -149,10 +152,10 @@ def _hold_the_lock(ledger: Ledger, holding: Event) -> None:
 
 def test_a_dead_process_s_lock_is_free(ledger: Ledger) -> None:
     ledger.create(record("digits-aaaaaaaaaa"))
-    holding = multiprocessing.Event()
-    holder = multiprocessing.Process(target=_hold_the_lock, args=(ledger, holding))
+    holding = SPAWN.Event()
+    holder = SPAWN.Process(target=_hold_the_lock, args=(ledger, holding))
     holder.start()
-    assert holding.wait(30)
+    assert holding.wait(120)
     holder.kill()
     holder.join()
     assert ledger.update("digits-aaaaaaaaaa", name="other").name == "other"

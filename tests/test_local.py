@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets as random_source
@@ -27,7 +28,7 @@ from tests.worlds.local import LocalWorld
 
 __all__ = ["job", "ledger", "run_job"]
 
-SLEEP = "import time; print('sleeping', flush=True); time.sleep(60)"
+SLEEP = "import time; print('sleeping', flush=True); time.sleep(600)"
 
 
 @pytest.fixture
@@ -37,6 +38,15 @@ def world(tmp_path: Path) -> LocalWorld:
 
 def supervisor(run: Run) -> SupervisorFolder:
     return SupervisorFolder(Path(run.record.target["root"]) / run.id)
+
+
+def record_of(run: Run) -> tuple[ProcessId, ProcessId]:
+    """The supervisor and the runner."""
+    deadline = time.monotonic() + 60
+    while (record := supervisor(run).record()) is None or record.runner is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return record.supervisor, record.runner
 
 
 def change_record(run: Run, **changes: str) -> None:
@@ -50,13 +60,12 @@ def change_record(run: Run, **changes: str) -> None:
 
 def kill_all(run: Run, *, command: bool = True) -> None:
     """SIGKILL to the supervisor and the runner; command: and to all below them."""
-    record = supervisor(run).record()
-    assert record is not None
-    assert record.runner is not None
-    below = [p.pid for p in descendants(record.supervisor.pid) if command or p.pid == record.runner.pid]
-    killed = [ProcessId.of(pid) for pid in (record.supervisor.pid, *below)]
+    parent, runner = record_of(run)
+    below = [p.pid for p in descendants(parent.pid) if command or p.pid == runner.pid]
+    killed = [ProcessId.of(pid) for pid in (parent.pid, *below)]
     for process in killed:
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
     while supervisor(run).locked() or any(process.alive for process in killed):
         time.sleep(0.02)
 
@@ -116,15 +125,22 @@ def test_a_machine_with_a_new_name_is_this_one(run_job: Callable[..., Run], worl
     assert run.status().state is State.LOST
 
 
-def test_a_runner_without_its_supervisor_is_followed_to_its_end(run_job: Callable[..., Run], world: LocalWorld) -> None:
-    run = run_job("import time; print('started', flush=True); time.sleep(3)")
+def test_a_runner_without_its_supervisor_is_followed_to_its_end(
+    run_job: Callable[..., Run], world: LocalWorld, tmp_path: Path
+) -> None:
+    run = run_job(f"""
+        import pathlib, time
+        print("started", flush=True)
+        while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+            time.sleep(0.05)
+    """)
     until(lambda: "started" in text_of(run), world)
-    record = supervisor(run).record()
-    assert record is not None
-    os.kill(record.supervisor.pid, signal.SIGKILL)
-    until(lambda: not record.supervisor.alive and not supervisor(run).locked(), world)
+    parent, _ = record_of(run)
+    os.kill(parent.pid, signal.SIGKILL)
+    until(lambda: not parent.alive and not supervisor(run).locked(), world)
     status = run.status()
     assert (status.state, status.native) == (State.RUNNING, "unsupervised")
+    (tmp_path / "go").touch()
     assert run.wait(timeout=60).state is State.SUCCEEDED
 
 
@@ -132,9 +148,8 @@ def test_a_stopped_supervisor_stops_the_job_with_its_checkpoint(run_job: Callabl
     """As at a shutdown of the machine: the job is not started again by a process that is itself to end."""
     run = run_job(STOPPABLE)
     until(lambda: "starts from None" in text_of(run), world)
-    record = supervisor(run).record()
-    assert record is not None
-    os.kill(record.supervisor.pid, signal.SIGTERM)
+    parent, _ = record_of(run)
+    os.kill(parent.pid, signal.SIGTERM)
     status = run.wait(timeout=60)
     assert (status.state, status.exit_code) == (State.FAILED, 75)
     started = status.started
@@ -201,10 +216,8 @@ def test_a_python_that_can_t_train_is_refused(job: Callable[..., Path], world: L
 def test_a_killed_runner_is_called_that(run_job: Callable[..., Run], world: LocalWorld) -> None:
     run = run_job(SLEEP)
     until(lambda: "sleeping" in text_of(run), world)
-    record = supervisor(run).record()
-    assert record is not None
-    assert record.runner is not None
-    os.kill(record.runner.pid, signal.SIGKILL)
+    _, runner = record_of(run)
+    os.kill(runner.pid, signal.SIGKILL)
     status = run.wait(timeout=60)
     assert (status.state, status.exit_code) == (State.FAILED, 137)
     assert status.reason == "the runner was killed by signal 9 (Killed)"
@@ -249,10 +262,8 @@ def test_a_runner_that_can_t_answer_is_killed_and_the_run_is_cancelled(
 ) -> None:
     run = run_job("import time; print('sleeping', flush=True); time.sleep(300)", resources={"grace": "1s"})
     until(lambda: "sleeping" in text_of(run), world)
-    record = supervisor(run).record()
-    assert record is not None
-    assert record.runner is not None
-    os.kill(record.runner.pid, signal.SIGSTOP)
+    _, runner = record_of(run)
+    os.kill(runner.pid, signal.SIGSTOP)
     run.cancel()
     status = run.wait(timeout=60)
     assert (status.state, status.exit_code) == (State.CANCELLED, 137)
@@ -352,10 +363,12 @@ def test_two_ranks_keep_the_meaning_of_exit_codes(run_job: Callable[..., Run], w
             path = output / "exit.json"
             path.with_suffix(".part").write_text(json.dumps({"code": 64, "reason": "a wrong key"}))
             path.with_suffix(".part").rename(path)
+        while not (output / "exit.json").exists():
+            time.sleep(0.02)
         sys.exit(64)
     """
     run = run_job(script, resources={"processes": 2}, retries=3)
-    status = run.wait(timeout=120)
+    status = run.wait(timeout=300)
     assert (status.state, status.exit_code, status.reason) == (State.FAILED, 64, "a wrong key")
     assert text_of(run).count("rank 0 of 2") == 1
     assert text_of(run).count("rank 1 of 2") == 1
@@ -480,7 +493,7 @@ def test_a_second_start_is_no_start(tmp_path: Path) -> None:
     while (record := folder.record()) is None or record.runner is None:
         time.sleep(0.02)
     os.kill(record.supervisor.pid, signal.SIGTERM)
-    while folder.exit() is None:
+    while folder.exit() is None or record.supervisor.alive:
         time.sleep(0.02)
     with pytest.raises(ConflictError, match="was run here before"):
         start(folder, text, {})

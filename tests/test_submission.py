@@ -55,7 +55,7 @@ def submitting(project: Path, times: int = 1) -> subprocess.Popen[str]:
 
 def settle(ledger: Ledger) -> None:
     """Until every run has ended, asking as `cvlaunch runs` does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not all(ledger.get(run_id).state.terminal for run_id in ledger.ids()):
         assert time.monotonic() < deadline
         refresh(ledger.all(), ledger=ledger)
@@ -113,7 +113,10 @@ def killed_submission(project: Path, ledger: Ledger, moment: int) -> State | Non
 
 def test_killed_at_20_moments(project: Path, ledger: Ledger) -> None:
     left = [killed_submission(project, ledger, moment) for moment in range(20)]
-    assert {State.PREPARING, State.SENDING} <= set(left)
+    for moment, state in ((1, State.PREPARING), (2, State.SENDING)):
+        while state not in left:  # on a busy machine some come too late
+            assert len(left) < 100
+            left.append(killed_submission(project, ledger, moment))
     settle(ledger)
     states = [ledger.get(run_id).state for run_id in ledger.ids()]
     assert set(states) == {State.SUCCEEDED, State.NOT_SUBMITTED}
@@ -150,9 +153,11 @@ def test_in_doubt_nothing_is_sent_again(
         assert Run(run_id, ledger).wait(timeout=60).state is State.SUCCEEDED
     else:
         assert Run(run_id, ledger).status().state is State.SENDING
-        refresh([ledger.get(run_id)], ledger=ledger, now=lambda: time.time() + 299)
+        seen = ledger.get(run_id).unseen_since
+        assert seen is not None
+        refresh([ledger.get(run_id)], ledger=ledger, now=lambda: seen + 299)
         assert ledger.get(run_id).state is State.SENDING
-        refresh([ledger.get(run_id)], ledger=ledger, now=lambda: time.time() + 301)
+        refresh([ledger.get(run_id)], ledger=ledger, now=lambda: seen + 301)
         assert ledger.get(run_id).state is State.NOT_SUBMITTED
     assert len(list((project / "marks").iterdir())) == int(arrives)
 

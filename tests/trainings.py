@@ -64,7 +64,7 @@ def at_home(digits: Path) -> Callable[..., Run]:
         write_target(digits, where)
         settings = [f"{key}={value}" for key, value in changes]
         run = submit(digits / "tiny.yaml", target="there", settings=settings, ledger=Ledger(digits / "ledger"))
-        assert run.wait(timeout=300).state is State.SUCCEEDED
+        assert run.wait(timeout=600).state is State.SUCCEEDED
         return run
 
     return lambda **changes: trained(tuple(changes.items()))
@@ -104,7 +104,7 @@ def series(metrics: Metrics) -> Series:
 
 def in_training(run: Run, *, every: float = 0.1) -> None:
     """Returns in the first epoch, or a later one."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not run.metrics().points:
         assert not run.status().state.terminal and time.monotonic() < deadline, text_of(run)
         run.store().write("control/watch", str(time.time()).encode())  # as `cvlaunch watch` says

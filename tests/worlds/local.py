@@ -20,7 +20,7 @@ from tests.worlds.supervised import supervise_again
 class LocalWorld:
     backend = "local"
     settings = ()
-    patience = 60.0
+    patience = 120.0
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import MotoRequestHandler
 from werkzeug.serving import make_server
 
-from tests.services.aws.account import LOCK, Account
+from tests.services.aws.account import Account
 from tests.services.aws.faults import Call, CutError, Faults
+from tests.services.aws.moto import Moto, rest_of_body
 from tests.services.aws.wire import Answer, AwsError, Json, Request, read_request, refusal
 
 __all__ = ["Server"]
@@ -45,7 +45,7 @@ class Server:
         self.calls: list[Call] = []
         self.inside: dict[str, Callable[[], Json]] = {}
         self._account, self._faults, self._handler = account, faults, handler
-        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._moto = Moto()
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -68,35 +68,33 @@ class Server:
         if (read := self.inside.get(environ.get("PATH_INFO", ""))) is not None:
             answer = Answer(200, json.dumps(read()).encode(), {"Content-Type": "application/json"})
         else:
-            answer = self._recorded(environ)
+            answer = self._recorded_or_cut(environ)
         headers = {"content-length": str(len(answer.body)), "x-amzn-requestid": str(uuid.uuid4())}
         headers |= {name.lower(): value for name, value in answer.headers.items()}
         start_response(f"{answer.status} -", [*headers.items()])
         return [answer.body]
 
+    def _recorded_or_cut(self, environ: Json) -> Answer:
+        try:
+            return self._recorded(environ)
+        except CutError:
+            with contextlib.suppress(OSError):
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise
+
     def _recorded(self, environ: Json) -> Answer:
-        began = time.time()
+        """Noted before whoever asked has the answer, so that it can be counted at once; and where calls were noted when
+        it came, as what a killed container has left behind is no call of the next test."""
+        calls, began = self.calls, time.time()
         request = read_request(environ)
         status = 0
         try:
             answer = self._answer(request, environ)
             self._faults.after(request)
             status = answer.status
-        except CutError:
-            with contextlib.suppress(OSError):
-                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            raise
         finally:
-            self._record(request, status, began)
+            calls.append(_call(request, status, began))
         return answer
-
-    def _record(self, request: Request, status: int, began: float) -> None:
-        self.calls.append(
-            Call(
-                request.service, request.operation, status, began,
-                access_key=request.access_key, region=request.region, path=request.path,
-            )
-        )  # fmt: skip
 
     def _answer(self, request: Request, environ: Json) -> Answer:
         try:
@@ -104,7 +102,7 @@ class Server:
             return self._elsewhere(request) or self._handler(request) or self._of_moto(environ)
         except AwsError as error:
             with contextlib.suppress(OSError):
-                _rest(environ)  # who still sends must not find the door shut
+                rest_of_body(environ)  # who still sends must not find the door shut
             return refusal(request, error)
 
     def _elsewhere(self, request: Request) -> Answer | None:
@@ -120,27 +118,16 @@ class Server:
         return Answer(301, answer.body, {**answer.headers, "x-amz-bucket-region": str(where)})
 
     def _of_moto(self, environ: Json) -> Answer:
-        """The whole body is read first, so that nobody who sends slowly holds the lock."""
-        body = _rest(environ)
-        environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
-        environ.pop("HTTP_TRANSFER_ENCODING", None)
-        environ.pop("wsgi.input_terminated", None)
-        told: list[Any] = []
-
-        def start(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:
-            told[:] = [status, headers]
-
-        with LOCK:
-            try:
-                data = b"".join(self._moto(environ, start))
-            except Exception as error:
-                raise AwsError("InternalFailure", f"moto failed: {error!r}", 500) from error
-        headers: Mapping[str, str] = dict(told[1])
-        return Answer(int(told[0].split()[0]), data, headers)
+        try:
+            return self._moto.answer(environ)
+        except CutError:
+            raise
+        except Exception as error:
+            raise AwsError("InternalFailure", f"moto failed: {error!r}", 500) from error
 
 
-def _rest(environ: Json) -> bytes:
-    """What of the body was not read yet."""
-    if environ.get("wsgi.input_terminated"):
-        return bytes(environ["wsgi.input"].read())
-    return bytes(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+def _call(request: Request, status: int, began: float) -> Call:
+    return Call(
+        request.service, request.operation, status, began,
+        access_key=request.access_key, region=request.region, path=request.path,
+    )  # fmt: skip

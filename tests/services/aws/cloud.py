@@ -36,7 +36,7 @@ _SECRET_KEY = "test/secret/test/secret/test/secret/test"
 _PREFIX = "cvlaunch-test-aws-"
 _KEYS_LAST_S = 3600
 _USUAL_GRACE_S = 120.0
-_PATIENCE_S = 30.0
+_PATIENCE_S = 120.0
 
 
 class AwsCloud:
@@ -342,7 +342,7 @@ class AwsCloud:
         self._settings.grace_s, self._settings.late_names_s = _USUAL_GRACE_S, 0.0
         self._keys.clear()
         self._server.inside.clear()
-        self._server.calls.clear()
+        self._server.calls = []
         shutil.rmtree(self._settings.folder, ignore_errors=True)
 
     # -- what the server asks -----------------------------------------------------------------------------------------

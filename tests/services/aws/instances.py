@@ -237,13 +237,14 @@ def _address(arn: str, number: int) -> str:
 
 def _podman_run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Again if podman itself failed, as it may while another process removes an image or a container."""
-    for more in ([], ["--replace"], ["--replace"]):
+    for more in ([], *[["--replace"]] * 4):
         done = subprocess.run(
             [*command[:2], *more, *command[2:]],
             cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != _PODMAN_FAILED:
             break
+        time.sleep(0.3)
     return done
 
 
@@ -256,13 +257,12 @@ def _descriptor(file: Path) -> int:
 
 
 def _exit_code(name: str) -> int:
+    """Podman may lag behind, or fail once, as it may while another process removes a container."""
     for _ in range(100):
         state, _, code = podman(
             "container", "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", name, check=False
         ).partition(" ")
         if state in ("exited", "stopped"):
             return int(code)
-        if not state:
-            break
-        time.sleep(0.03)
+        time.sleep(0.1)
     return 137

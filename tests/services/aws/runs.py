@@ -42,7 +42,8 @@ _LONGEST_PENDING = 28 * 24 * 3600.0
 @dataclass
 class Settings:
     """What a test can turn. images: reference in ECR → podman's. lacking: instance type → what happens. held: (job,
-    secondary status). late_names_s: how long the names of a job's instances don't resolve once all have started."""
+    secondary status). late_names_s: how long the names of a job's instances don't resolve once all have started; what
+    it is at the time counts."""
 
     folder: Path
     owner: str
@@ -226,12 +227,12 @@ class Run(threading.Thread):
         """Until all have ended. What was asked meanwhile, if it came in time."""
         self._start(instances)
         limit = self.job.posted.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", 86400) - self._trained
-        names_at = time.monotonic() + self._settings.late_names_s
+        started = time.monotonic()
         asked: Ask = ""
         killed_at, named, synced = float("inf"), False, time.monotonic()
         while running := [instance for instance in instances if instance.code is None]:
             now = time.monotonic()
-            if not named and now >= names_at:
+            if not named and now - started >= self._settings.late_names_s:
                 named = True
                 for instance in instances:
                     instance.announce()

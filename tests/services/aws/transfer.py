@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,8 +66,8 @@ def _manifest(account: Account, source: Json) -> Iterator[tuple[str, str, str]]:
 
 
 def files_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(path below, path); what vanishes meanwhile is passed over."""
-    for path in sorted(folder.rglob("*")):
+    """(path below, path); what vanishes meanwhile is passed over, folders too."""
+    for path in sorted(Path(where, name) for where, _, names in os.walk(folder) for name in names):
         with contextlib.suppress(OSError):
             if path.is_file() and not path.is_symlink():
                 yield path.relative_to(folder).as_posix(), path

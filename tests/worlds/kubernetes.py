@@ -28,7 +28,7 @@ _IMAGE = "registry.example.com/cvlaunch/trainer:test"
 class KubernetesWorld:
     """In a namespace of its own. server: keeps the results, else a claim does. keys: of the target, besides."""
 
-    patience = 90.0
+    patience = 240.0
 
     def __init__(
         self,
@@ -131,8 +131,19 @@ def facts_of(text: str) -> ContainerFacts:
 def kubernetes_world(
     request: pytest.FixtureRequest, backend: str, *, server: str = "moto_s3"
 ) -> Callable[[Path], KubernetesWorld]:
-    """For a session's fixture: results in S3 on a plain cluster, on a claim on OpenShift. server: the S3's fixture."""
+    """For a session's fixture: results in S3 on a plain cluster, on a claim on OpenShift. server: the S3's fixture.
+
+    A world goes when the next one is made: its pods would hold ports of the loopback that they share.
+    """
     cluster, image = request.getfixturevalue("kube_session"), request.getfixturevalue("trainer_image")
     bucket = request.getfixturevalue(server) if backend == "kubernetes" else None
 
-    return lambda _: KubernetesWorld(cluster, image=image, server=bucket, backend=backend)
+    made: list[KubernetesWorld] = []
+
+    def make(_: Path) -> KubernetesWorld:
+        while made:
+            cluster.remove_namespace(made.pop().namespace)
+        made.append(KubernetesWorld(cluster, image=image, server=bucket, backend=backend))
+        return made[-1]
+
+    return make

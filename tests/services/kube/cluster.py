@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from tests.services.kube.server import Fault, Forbidden, Request, Server, Settin
 from tests.services.kube.streams import Cut
 from tests.services.kube.times import now
 from tests.services.kube.volumes import PodFolders
-from tests.services.podman import configure
+from tests.services.podman import configure, podman
 
 __all__ = ["NODES", "KubeCluster", "NodeSpec", "kube_cluster"]
 
@@ -145,6 +144,10 @@ class KubeCluster:
             self.create("ResourceQuota", name, {"metadata": {"name": "quota"}, "spec": {"hard": dict(quota)}})
         return name
 
+    def remove_namespace(self, name: str) -> None:
+        """At once, with all that is in it."""
+        self.api.delete_namespace(name, force=True)
+
     def add_node(
         self,
         name: str,
@@ -210,7 +213,7 @@ class KubeCluster:
         found = self.store.list("events", namespace)
         return [(e["reason"], e["message"]) for e in found if name in ("", e["involvedObject"]["name"])]
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
         """What `condition` returns once that is true; it is asked at every change, and now and then.
         AssertionError after `seconds`."""
         end = time.monotonic() + seconds
@@ -224,7 +227,7 @@ class KubeCluster:
                     self.store.lock.wait(0.05)
 
     def wait_for(
-        self, kind: str, namespace: str, name: str, condition: Callable[[Json], Any], seconds: float = 30
+        self, kind: str, namespace: str, name: str, condition: Callable[[Json], Any], seconds: float = 120
     ) -> Json:
         """The object, once it is there and meets the condition."""
 
@@ -237,7 +240,7 @@ class KubeCluster:
 
     def volume_folder(self, namespace: str, claim: str) -> Path:
         """Where this machine has what is in a claim; waits until it is bound."""
-        found = self.wait_for("pvc", namespace, claim, lambda obj: obj["status"].get("phase") == "Bound", 5)
+        found = self.wait_for("pvc", namespace, claim, lambda obj: obj["status"].get("phase") == "Bound")
         volume = self.get("PersistentVolume", "", found["spec"]["volumeName"])
         assert volume
         return Path(volume["spec"]["hostPath"]["path"])
@@ -304,9 +307,8 @@ class KubeCluster:
         worker.poke()
 
     def admit(self, namespace: str, job: str) -> None:
-        """Kueue lets the job start."""
-        found = self.get("Job", namespace, job)
-        assert found, f"no job {job}"
+        """Kueue lets the job start, once no pod of it is active any more."""
+        found = self.wait_for("Job", namespace, job, _is_at_rest)
         conditions = [
             {"type": kind, "status": "True", "reason": kind, "message": words, "lastTransitionTime": now()}
             for kind, words in (
@@ -315,7 +317,7 @@ class KubeCluster:
             )
         ]
         place = ("workloads", namespace, workload_name(found))
-        self.wait(lambda: self.store.get(place), 5)
+        self.wait(lambda: self.store.get(place))
         self.store.change(place, lambda obj: obj.update(status={"conditions": conditions}))
         self.store.change(("jobs", namespace, job), lambda obj: obj["spec"].update(suspend=False))
 
@@ -408,9 +410,11 @@ class KubeCluster:
             "status": {"token": self._token},
         }
         _write_private(self._folder / "credential.json", json.dumps(credential))
-        plugin = self._folder / "token-plugin"
-        plugin.write_text(f"#!/bin/sh\nexec cat '{self._folder / 'credential.json'}'\n")
-        plugin.chmod(0o700)
+        plugin, script = self._folder / "token-plugin", self._folder / "token-plugin.sh"
+        script.write_text(f"cat '{self._folder / 'credential.json'}'\n")
+        if not plugin.exists():  # "Text file busy" for who starts it while a process that another thread makes has it
+            plugin.write_text(f"#!/bin/sh\n. '{script}'\n")
+            plugin.chmod(0o700)
         _write_private(self.kubeconfig, yaml.safe_dump(self._configuration(plugin)))
 
     def _configuration(self, plugin: Path) -> Json:
@@ -474,7 +478,7 @@ class KubeCluster:
             workers = list(self.kubelet.workers.values())
             for namespace in self.store.list("namespaces"):
                 if (name := namespace["metadata"]["name"]) not in ("default", "kube-system"):
-                    self.api.delete_namespace(name, force=True)
+                    self.remove_namespace(name)
             for obj in [
                 *self.store.list("nodes"),
                 *self.store.list("storageclasses"),
@@ -488,7 +492,7 @@ class KubeCluster:
             for obj in self._first.values():
                 self.put(obj)
         for worker in workers:
-            worker.thread.join(10)
+            worker.thread.join(60)
         shutil.rmtree(self._folder / "volumes", ignore_errors=True)
         self.write_kubeconfig()
 
@@ -517,6 +521,12 @@ def kube_cluster(folder: Path, *, nodes: Sequence[NodeSpec] = NODES, alive: bool
         cluster.close()
 
 
+def _is_at_rest(job: Json) -> bool:
+    """Suspended, and seen to be so by its controller."""
+    conditions = {c["type"]: c["status"] for c in job["status"].get("conditions", ())}
+    return conditions.get("Suspended") == "True" and not job["status"].get("active")
+
+
 def _new_token() -> str:
     return base64.urlsafe_b64encode(secrets.token_bytes(24)).decode()
 
@@ -535,14 +545,8 @@ def _containers() -> list[tuple[str, str]]:
     if not shutil.which("podman"):
         return []
     template = f'{{{{.ID}}}} {{{{index .Labels "{LABEL}"}}}}'
-    for _ in range(5):
-        done = subprocess.run(
-            ["podman", "ps", "--all", "--filter", f"label={LABEL}", "--format", template],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
-            return [(line.split()[0], line.split()[1]) for line in done.stdout.splitlines()]
-    return []
+    found = podman("ps", "--all", "--filter", f"label={LABEL}", "--format", template, check=False)
+    return [(line.split()[0], line.split()[1]) for line in found.splitlines()]
 
 
 def _remove_by_owner(owner: str) -> None:
@@ -555,8 +559,9 @@ def _sweep() -> None:
     remove_containers(dead)
     for folder in _MEMORY.glob(f"{_PREFIX}*"):
         if not _lives(folder.name.removeprefix(_PREFIX)):
-            for inner in folder.iterdir():
-                PodFolders(inner, inner).remove()
+            with contextlib.suppress(FileNotFoundError):  # another cluster that starts now sweeps, too
+                for inner in folder.iterdir():
+                    PodFolders(inner, inner).remove()
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,10 +70,11 @@ class ContainerRun:
     killed: str = ""
     failure: str = ""
     terminated: Json = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def signal(self, number: int) -> None:
-        if self.process >= 0:
-            with contextlib.suppress(ProcessLookupError):
+        with self.lock, contextlib.suppress(ProcessLookupError):
+            if self.process >= 0:
                 signal.pidfd_send_signal(self.process, number)
 
     def ended(self) -> bool:
@@ -86,24 +88,25 @@ class ContainerRun:
         return self.terminated
 
     def forget(self) -> None:
-        for descriptor in (self.process, self.watched):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.process = self.watched = -1
+        with self.lock:
+            for descriptor in (self.process, self.watched):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self.process = self.watched = -1
 
 
-def find_image(reference: str) -> Image | None:
-    """None if podman has none of that name, or is not here."""
-    if not shutil.which("podman"):
-        return None
-    done = subprocess.run(
-        ["podman", "image", "inspect", "--format", "{{.Id}} {{.Config.User}}", reference],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return None
-    identity, _, user = done.stdout.strip().partition(" ")
-    return Image(identity, user)
+def find_image(reference: str, *, tries: int) -> Image | None:
+    """None if podman has none of that name, or is not here. It may also say so while another process removes one."""
+    for number in range(tries if shutil.which("podman") else 0):
+        done = subprocess.run(
+            ["podman", "image", "inspect", "--format", "{{.Id}} {{.Config.User}}", reference],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            identity, _, user = done.stdout.strip().partition(" ")
+            return Image(identity, user)
+        time.sleep(0.1 if number + 1 < tries else 0)
+    return None
 
 
 def start_container(launch: Launch, restart: int) -> ContainerRun:
@@ -114,13 +117,20 @@ def start_container(launch: Launch, restart: int) -> ContainerRun:
     secret = {name: launch.environment.values[name] for name in launch.environment.secret}
     run = ContainerRun(launch, restart, time.time())
     _monitor_folder(launch).mkdir(exist_ok=True)
-    done = _podman_run(launch, {**os.environ, **secret})
+    done = _podman_run(launch, {**_environ(), **secret})
     if done.returncode:
         run.failure = done.stderr.strip().removeprefix("Error: ")
         return run
     run.id, run.started = done.stdout.strip(), time.time()
     run.watched, run.process = (_descriptor(Path(f"{launch.pids}.{kind}")) for kind in ("monitor", "pid"))
     return run
+
+
+def _environ() -> dict[str, str]:
+    """This process's, of which a test in another thread may take a variable away meanwhile."""
+    while True:
+        with contextlib.suppress(KeyError):
+            return dict(os.environ)
 
 
 def _podman_run(launch: Launch, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -233,7 +243,7 @@ def _exit(run: ContainerRun) -> tuple[int, float]:
         state, _, code = done.stdout.strip().partition(" ")
         if state in ("exited", "stopped"):
             return int(code), time.time()
-        if done.returncode:
+        if "no such container" in done.stderr:
             break
         time.sleep(0.03)
     return 137, time.time()

@@ -9,6 +9,7 @@ import os
 import queue
 import select
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -29,13 +30,15 @@ from tests.services.kube.containers import (
 from tests.services.kube.environment import ConfigError, environment_of
 from tests.services.kube.events import record
 from tests.services.kube.objects import Json, Key, Store, controller_of
-from tests.services.kube.times import now, parse_time, stamp
+from tests.services.kube.times import now, stamp
 from tests.services.kube.volumes import MountError, PodFolders, make_volumes
 
 __all__ = ["Kubelet", "PodWorker"]
 
 _RETRY_S = 0.2
 _BACK_OFF_S = (0.0, 0.2, 0.5, 1.0)
+_SERVED_TRIES = 5
+"""For an image that is there for sure."""
 _DEADLINE = "Pod was active on the node longer than the specified deadline"
 
 
@@ -67,7 +70,7 @@ class Kubelet:
         for worker in workers:
             worker.lose()
         for worker in workers:
-            worker.thread.join(20)
+            worker.thread.join(60)
         if self._cleaner.is_alive():
             self._garbage.put(None)
             self._cleaner.join(60)
@@ -77,10 +80,11 @@ class Kubelet:
         return self.workers.get(pod["metadata"]["uid"])
 
     def image(self, reference: str) -> Image | None:
+        tries = _SERVED_TRIES if reference in self.images else 1
         reference = self.images.get(reference, reference)
         seen, image = self._known.get(reference, (0.0, None))
         if image is None or time.monotonic() - seen > 2:
-            image = find_image(reference)
+            image = find_image(reference, tries=tries)
             if image:
                 self._known[reference] = (time.monotonic(), image)
         return image
@@ -151,6 +155,7 @@ class PodWorker:
         self.names: list[str] = []
         self.thread = threading.Thread(target=self._run, name=f"pod-{key[2]}", daemon=True)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._waking = threading.Lock()
         self._lost = self._gone = self._deadline = False
         self._volumes: dict[str, Path] = {}
         self._told: set[str] = set()
@@ -160,8 +165,9 @@ class PodWorker:
 
     def poke(self, *, gone: bool = False) -> None:
         self._gone = self._gone or gone
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def lose(self) -> None:
         """Its node is gone, and all that ran on it."""
@@ -298,13 +304,13 @@ class PodWorker:
                 slot.run.signal(number)
 
     def _told_to_stop(self) -> float | None:
-        """Seconds of grace if the pod is to end."""
+        """Seconds of grace, which begin when the kubelet sees it, if the pod is to end."""
         pod = self._now()
         if self._lost or self._gone or self.kubelet.closed:
             return 0.0
         meta, spec = pod["metadata"], pod["spec"]
         if "deletionTimestamp" in meta:
-            return max(0.0, parse_time(meta["deletionTimestamp"]) - time.time())
+            return float(meta["deletionGracePeriodSeconds"])
         limit = spec.get("activeDeadlineSeconds")
         if self._deadline or (limit and time.time() >= self._started + limit):
             self._deadline = True
@@ -335,6 +341,8 @@ class PodWorker:
             self._wait_with(
                 slot, "CreateContainerConfigError", user_problem.format(pod=self._described(), name=slot.name)
             )
+        while any(map(_is_taken, slot.spec.get("ports", ()))):
+            self._wait_with(slot, "ContainerCreating", "")
         name = f"cvk-{self.kubelet.owner}-{self.kubelet.number()}-{slot.name}"
         launch = Launch(
             pod=self.pod,
@@ -537,8 +545,9 @@ class PodWorker:
         self.kubelet.throw_away(self.names)
         self.folders.remove()
         self.kubelet.forget(self.uid)
-        descriptor, self._wake = self._wake, -1
-        os.close(descriptor)
+        with self._waking:
+            os.close(self._wake)
+            self._wake = -1
 
 
 def _runs_as_root(pod: Json, container: Json, image: Image) -> str:
@@ -556,6 +565,17 @@ def _runs_as_root(pod: Json, container: Json, image: Image) -> str:
     if user is None and int(named or 0) == 0:
         return 'container has runAsNonRoot and image will run as root (pod: "{pod}", container: {name})'
     return ""
+
+
+def _is_taken(port: Json) -> bool:
+    """Whether another pod listens there: all of this machine have one network."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port["containerPort"]))
+        except OSError:
+            return True
+    return False
 
 
 def _bad_reference(reference: str) -> bool:

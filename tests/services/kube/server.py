@@ -124,7 +124,7 @@ class Server:
 
     def start(self) -> None:
         self._thread.start()
-        self._ready.wait(10)
+        assert self._ready.wait(60)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)

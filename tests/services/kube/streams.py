@@ -139,11 +139,12 @@ async def _wanted(run: ContainerRun, query: LogQuery) -> AsyncIterator[bytes]:
 
 def _read(path: Path, start: int) -> tuple[bytes, int]:
     """(whole lines from there on, where they end)"""
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read()
+    except FileNotFoundError:
         return b"", start
-    with path.open("rb") as file:
-        file.seek(start)
-        content = file.read()
     content = content[: content.rfind(b"\n") + 1]
     return content, start + len(content)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from tests.services.kube.times import parse_quantity, whole
 __all__ = ["MountError", "PodFolders", "host_path", "make_volumes"]
 
 Json = dict[str, Any]
+
+_making = threading.Lock()
+"""Folders of a claim, which several pods may mount at a time."""
 
 
 class MountError(Exception):
@@ -186,12 +191,17 @@ def _give_to_group(root: Path, group: int, *, read_only: bool) -> None:
     mask = 0o440 if read_only else 0o660
     for folder, folders, names in os.walk(root):
         for path in [Path(folder), *(Path(folder) / name for name in (*folders, *names))]:
-            if path.is_symlink():
-                os.chown(path, -1, group, follow_symlinks=False)
-                continue
-            os.chown(path, -1, group)
-            extra = 0o2110 if path.is_dir() else 0
-            path.chmod(path.stat().st_mode & 0o7777 | mask | extra)
+            with contextlib.suppress(FileNotFoundError):  # another pod of the claim has just removed it
+                _give_one(path, group, mask)
+
+
+def _give_one(path: Path, group: int, mask: int) -> None:
+    if path.is_symlink():
+        os.chown(path, -1, group, follow_symlinks=False)
+        return
+    os.chown(path, -1, group)
+    extra = 0o2110 if path.is_dir() else 0
+    path.chmod(path.stat().st_mode & 0o7777 | mask | extra)
 
 
 def host_path(folder: Path, mount: Json, values: dict[str, str]) -> Path:
@@ -201,9 +211,10 @@ def host_path(folder: Path, mount: Json, values: dict[str, str]) -> Path:
     mode, group = facts.st_mode & 0o7777, facts.st_gid
     for part in Path(sub).parts:
         path /= part
-        if not path.exists():
-            path.mkdir()
-            if mode & 0o2000:
-                os.chown(path, -1, group)
-            path.chmod(mode)
+        with _making:
+            if not path.exists():
+                path.mkdir()
+                if mode & 0o2000:
+                    os.chown(path, -1, group)
+                path.chmod(mode)
     return path

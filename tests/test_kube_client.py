@@ -124,7 +124,7 @@ class Server:
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(block), block))
             handler.wfile.flush()
         if answer.hang:
-            answer.hang.wait(10)
+            answer.hang.wait(60)
         handler.wfile.write(b"0\r\n\r\n")
 
 
@@ -350,11 +350,10 @@ def test_a_create_in_doubt_is_not_sent_again(server: Server, reach: Callable[...
 def test_nobody_there(reach: Callable[..., Cluster]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sleeps = Sleeps()
-    cluster = reach(url=f"http://127.0.0.1:{port}", sleep=sleeps)
-    with pytest.raises(UnreachableError, match=r"does not answer.*refused"):
-        cluster.create(cluster.path("jobs"), {})
+        sleeps = Sleeps()
+        cluster = reach(url=f"http://127.0.0.1:{free.getsockname()[1]}", sleep=sleeps)
+        with pytest.raises(UnreachableError, match=r"does not answer.*refused"):
+            cluster.create(cluster.path("jobs"), {})
     assert len(sleeps.seconds) > 2  # nothing was sent, so that even this may be tried again
 
 
@@ -453,7 +452,7 @@ def test_the_time_is_the_cluster_s(server: Server, reach: Callable[..., Cluster]
     server.clock = lambda: time.time() + ahead_s
     cluster = reach()
     cluster.get("/version")
-    assert cluster.now - time.time() == pytest.approx(seen_s, abs=2 if seen_s else 0.5)
+    assert cluster.now - time.time() == pytest.approx(seen_s, abs=30 if seen_s else 1)
 
 
 def test_a_stream_by_lines(server: Server, reach: Callable[..., Cluster]) -> None:
@@ -477,7 +476,7 @@ def test_a_stream_that_falls_silent(server: Server, reach: Callable[..., Cluster
     over = threading.Event()
     server.answers = [Answer(blocks=[b"one\n"], hang=over)]
     cluster = reach()
-    lines = cluster.lines(cluster.path("pods", "p", "log"), silence_s=0.1)
+    lines = cluster.lines(cluster.path("pods", "p", "log"), silence_s=2)
     assert next(lines) == b"one"
     with pytest.raises(CutError):
         next(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import http.client
 import json
@@ -132,7 +133,7 @@ def serve(kubelet: Kubelet) -> Callable[[], None]:
         app = web.Application()
         app.router.add_get("/api/v1/namespaces/ns/pods/p/exec", kubelet.exec)
         app.router.add_get("/api/v1/namespaces/ns/pods/p/portforward", kubelet.forward)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=10)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -148,7 +149,7 @@ def serve(kubelet: Kubelet) -> Callable[[], None]:
 
     thread = threading.Thread(target=main)
     thread.start()
-    ready.wait(10)
+    assert ready.wait(60)
 
     def end() -> None:
         loop.call_soon_threadsafe(loop.stop)
@@ -325,7 +326,7 @@ def echo() -> Iterator[int]:
                     connection, _ = listening.accept()
                 except OSError:
                     return
-                with connection:
+                with connection, contextlib.suppress(OSError):
                     while (data := connection.recv(65536)) and data != b"end":
                         connection.sendall(data)
 
@@ -345,14 +346,21 @@ def threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if "_pump" in thread.name}
 
 
-def gone() -> bool:
-    end = time.monotonic() + 5
-    while threads() and time.monotonic() < end:
-        time.sleep(0.005)
-    return not threads()
+@pytest.fixture
+def gone() -> Callable[[], bool]:
+    """Whether none is left of those that the test has started; waits for it."""
+    before = threads()
+
+    def gone() -> bool:
+        end = time.monotonic() + 60
+        while threads() - before and time.monotonic() < end:
+            time.sleep(0.005)
+        return not threads() - before
+
+    return gone
 
 
-def test_a_port(reach: Callable[..., Cluster], echo: int) -> None:
+def test_a_port(reach: Callable[..., Cluster], echo: int, gone: Callable[[], bool]) -> None:
     data = os.urandom(1 << 20)
     with forward(reach(), "p", echo) as connection:
         threading.Thread(target=connection.sendall, args=(data,)).start()
@@ -364,7 +372,7 @@ def test_a_port(reach: Callable[..., Cluster], echo: int) -> None:
     assert gone()
 
 
-def test_a_port_where_nobody_listens(reach: Callable[..., Cluster]) -> None:
+def test_a_port_where_nobody_listens(reach: Callable[..., Cluster], gone: Callable[[], bool]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with forward(reach(), "p", free.getsockname()[1]) as connection:
@@ -374,41 +382,34 @@ def test_a_port_where_nobody_listens(reach: Callable[..., Cluster]) -> None:
 
 # -- a real container -----------------------------------------------------------------------------------------------
 
-SERVE = "import http.server as h; h.HTTPServer(('127.0.0.1', {port}), h.SimpleHTTPRequestHandler).serve_forever()"
+SERVE = """
+import http.server
+server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
 
 
 @pytest.mark.needs("podman", "debootstrap")
 def test_in_a_pod(kube: KubeCluster, trainer_image: str, files: Files) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     namespace = kube.namespace()
     kube.serve_image("registry.example.com/trainer:1", image=trainer_image)
     container = {
         "name": "train",
         "image": "registry.example.com/trainer:1",
-        "command": ["python3", "-c", SERVE.format(port=port)],
+        "command": ["python3", "-c", SERVE],
         "workingDir": "/etc",
     }
     pod = {"metadata": {"name": "p"}, "spec": {"containers": [container], "terminationGracePeriodSeconds": 0}}
     kube.create("Pod", namespace, pod)
-    kube.wait_for("Pod", namespace, "p", lambda found: found["status"].get("phase") == "Running", 60)
+    kube.wait_for("Pod", namespace, "p", lambda found: found["status"].get("phase") == "Running")
     cluster = Cluster(Access(namespace=namespace))
     assert files.run(cluster, ["sh", "-c", "cat; echo oops >&2; exit 3"], given=b"hello") == 3
     assert (files.out, files.err) == (b"hello", b"oops\n")
+    (port,) = kube.wait(lambda: list(cluster.lines(cluster.path("pods", "p", "log"))))
     connection = http.client.HTTPConnection("pod")
-    connection.sock = _listening(cluster, port)
+    connection.sock = forward(cluster, "p", int(port))
     connection.request("GET", "/hostname")
     assert connection.getresponse().read()
     connection.close()
     cluster.close()
-
-
-def _listening(cluster: Cluster, port: int) -> socket.socket:
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.02)
-    return forward(cluster, "p", port)

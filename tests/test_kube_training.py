@@ -75,7 +75,7 @@ def test_a_training_is_the_one_at_home_and_the_container_backend_s(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run], pinned: str
 ) -> None:
     run = train(digits, world.target, ledger, settings=[f"image={pinned}"])
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=900).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
     there = render(digits / "tiny.yaml", backend="container", settings=[f"image={pinned}"])
     assert run.record.plan["job_digest"] == there.job_digest != at_home().record.plan["job_digest"]
@@ -90,7 +90,7 @@ def test_an_evicted_training_ends_with_the_same_numbers(
     in_training(run)
     assert run.handle is not None
     world.preempt(run.handle)
-    status = run.wait(timeout=300)
+    status = run.wait(timeout=900)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
     assert resumed_in_the_middle(run), text_of(run)
     assert series(run.metrics()) == series(at_home(**LONGER).metrics())
@@ -102,7 +102,7 @@ def test_two_nodes_train_as_two_processes_at_home(
     digits: Path, world: KubernetesWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:
     run = train(digits, world.target, ledger, {"resources.nodes": "2"}, settings=world.settings)
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=900).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home(**{"resources.processes": "2"}).metrics())
     assert {line.node for line in run.logs()} == {0, 1}
     assert run.store().head("nodes/1/output/metrics.jsonl") is None, "one node writes them"

@@ -46,7 +46,7 @@ def part_files(folder: Path) -> list[Path]:
     return list(folder.glob(".*.part")) if folder.exists() else []
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
@@ -303,6 +303,7 @@ def test_a_download_goes_on_where_it_broke(server: FileServer, claim: Path, tmp_
 def test_a_file_that_is_replaced_while_it_comes(server: FileServer, claim: Path, tmp_path: Path) -> None:
     (claim / "run").mkdir()
     (claim / "run/a").write_bytes(bytes(len(CONTENT)))
+    os.utime(claim / "run/a", (1_600_000_000, 1_600_000_000))  # clocks of file systems tick some hundred times a second
     store = Relay(server, [1 << 20], at_limit=lambda: (claim / "run/a").write_bytes(CONTENT)).store()
     entry = store.download("a", tmp_path / "home/a")
     store.client.close()
@@ -325,6 +326,7 @@ def test_everything_that_may_is_sent_again(server: FileServer, claim: Path, tmp_
     store.write("a", tmp_path / "local")
     store.client.close()
     assert (claim / "run/a").read_bytes() == CONTENT
+    wait_for(lambda: not part_files(claim / "run"))  # of what was cut off
     calls: list[Callable[[], object]] = [
         lambda: store.read("a"),
         lambda: store.head("a"),
@@ -356,8 +358,7 @@ def test_who_may_not_be_second_is_not_sent_again(server: FileServer, claim: Path
     store = relay.store()
     with contextlib.closing(store.client), pytest.raises(UnreachableError, match=r"run/owner: .*there or not: look"):
         store.write("owner", CONTENT, if_absent=True)
-    wait_for(lambda: (claim / "run").exists() and not part_files(claim / "run"))
-    assert list((claim / "run").iterdir()) == []
+    wait_for(lambda: (claim / "run").exists() and list((claim / "run").iterdir()) == [])
 
 
 def test_who_may_not_be_second_takes_no_stale_connection(server: FileServer, claim: Path) -> None:
@@ -461,36 +462,36 @@ def test_a_file_that_shrinks_is_no_upload(server: FileServer, claim: Path, tmp_p
             os.truncate(source, 1 << 10)
             server.process.send_signal(signal.SIGCONT)
             with pytest.raises(IntegrityError, match=r"'a' in pvc://claim/run was cut short while"):
-                call.result(30)
-    wait_for(lambda: (claim / "run").exists() and not part_files(claim / "run"))
-    assert list((claim / "run").iterdir()) == []
+                call.result(60)
+    wait_for(lambda: (claim / "run").exists() and list((claim / "run").iterdir()) == [])
 
 
 # -- its end ----------------------------------------------------------------------------------------------------------
 
 
 def test_it_ends_by_itself_when_nobody_asks(claim: Path) -> None:
-    with file_server(claim, idle_s=0.1) as server, contextlib.closing(server.client()) as client:
+    with file_server(claim, idle_s=2) as server, contextlib.closing(server.client()) as client:
         store = VolumeStore("claim", "", client)
         begun = time.monotonic()
-        while time.monotonic() < begun + 0.3:
+        while time.monotonic() < begun + 3:
             store.write("a", b"1")
+            time.sleep(0.05)
         assert server.process.poll() is None
-        assert server.process.wait(5) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_it_is_not_idle_while_bytes_come(claim: Path) -> None:
-    with file_server(claim, idle_s=0.1) as server, contextlib.closing(server.connect()) as connection:
+    with file_server(claim, idle_s=2) as server, contextlib.closing(server.connect()) as connection:
         connection.sendall(b"PUT /file?path=a HTTP/1.1\r\nContent-Length: 8\r\n\r\n")
         for _ in range(8):
-            time.sleep(0.05)
+            time.sleep(0.3)
             connection.sendall(b"x")
         assert connection.recv(1000).startswith(b"HTTP/1.1 201 ")
 
 
 def test_it_goes_at_once_when_told_to(server: FileServer) -> None:
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(5) == 0
+    assert server.process.wait(60) == 0  # else it would be ten minutes
 
 
 def test_any_python_3_can_run_it() -> None:
@@ -604,7 +605,7 @@ def test_two_processes_share_a_pod(with_image: Claimed) -> None:
     command = [sys.executable, "-c", SECOND, with_image.namespace, PULLED]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as second, with_image.store(path="") as store:
         store.write("first", b"1")
-        assert second.wait(60) == 0
+        assert second.wait(180) == 0
         assert store.read("second") == b"2"
     assert len(with_image.pods()) == 1
     asked = []
@@ -615,7 +616,7 @@ def test_two_processes_share_a_pod(with_image: Claimed) -> None:
 
 @in_pods
 def test_a_pod_that_ended_by_itself_is_made_again(with_image: Claimed) -> None:
-    with with_image.store(idle_s=0.3) as store:
+    with with_image.store(idle_s=2) as store:
         store.write("a", b"1")
         with_image.kube.wait(lambda: any(pod["status"]["phase"] == "Succeeded" for pod in with_image.pods()))
         assert store.read("a") == b"1"
@@ -683,14 +684,13 @@ def test_what_keeps_it_from_starting(kube: KubeCluster, claimed: Claimed) -> Non
     denied.claim("data")
     claimed.claim("unbound", storageClassName="manual")
     claimed.claim("no-class", storageClassName="nothing")
-    cases: list[tuple[Claimed, str, type[Exception], str]] = [
-        (full, "data", CapacityError, "did not start: .*exceeded quota.*: wait, or ask for more quota"),
-        (claimed, "data", SpecError, r"within 2s: its image can't be pulled: .*correct the image"),
-        (claimed, "unbound", CapacityError, "unbound .*waiting for a volume to be created.*: choose another claim"),
-        (claimed, "no-class", CapacityError, 'storageclass.storage.k8s.io "nothing" not found'),
+    cases: list[tuple[Claimed, str, float, type[Exception], str]] = [
+        (full, "data", 180, CapacityError, "did not start: .*exceeded quota.*: wait, or ask for more quota"),
+        (claimed, "data", 5, SpecError, r"within 5s: its image can't be pulled: .*correct the image"),
+        (claimed, "unbound", 3, CapacityError, "unbound .*waiting for a volume to be created.*: choose another claim"),
+        (claimed, "no-class", 3, CapacityError, 'storageclass.storage.k8s.io "nothing" not found'),
     ]
-    for place, claim, kind, words in cases:
-        wait_s = 1.6 if claim == "data" else 0.6
+    for place, claim, wait_s, kind, words in cases:
         with (
             place.store(claim, image=lambda: "registry.example.com/none:1", wait_s=wait_s) as store,
             pytest.raises(kind, match=words) as caught,

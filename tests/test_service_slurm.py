@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.needs("slurm")
 
 def _output(path: Path) -> list[str]:
     return path.read_text().splitlines()
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def test_a_job_has_its_gpus_its_node_s_name_and_the_environment_of_its_submitter(
@@ -62,14 +70,14 @@ def test_a_user_s_limit_holds_the_second_job(slurm: SlurmCluster) -> None:
     first, second = (slurm.submit("sleep 60", *options) for _ in range(2))
     slurm.wait_for_state(first, "RUNNING")
     assert slurm.state(second) == "PENDING"
-    assert slurm.run("squeue", "-h", "-j", f"{second}", "-o", "%r") in ("QOSMaxGRESPerUser", "None")
+    _until(lambda: slurm.run("squeue", "-h", "-j", f"{second}", "-o", "%r") == "QOSMaxGRESPerUser")
 
 
 def test_a_job_of_main_has_one_of_low_signalled_and_put_back(slurm: SlurmCluster, tmp_path: Path) -> None:
     script = f"trap 'echo USR1 >> {tmp_path}/out; exit' USR1\necho start >> {tmp_path}/out\nsleep 60 & wait"
     options = ["--partition=low", "--signal=B:USR1@60", "--nodes=2", "--exclusive", "--requeue"]
-    low = slurm.submit(script, *options)
-    slurm.wait_for_state(low, "RUNNING")
+    slurm.submit(script, *options)
+    _until((tmp_path / "out").exists)
     main = slurm.submit("sleep 1", "--nodes=2", "--exclusive")
     slurm.wait_for_state(main, "COMPLETED")
     assert _output(tmp_path / "out")[:2] == ["start", "USR1"]
@@ -80,7 +88,7 @@ def test_a_job_that_requeues_itself_starts_again_within_seconds(slurm: SlurmClus
         f'echo "${{SLURM_RESTART_COUNT:-0}}" >> {tmp_path}/out\n'
         '[ -n "${SLURM_RESTART_COUNT:-}" ] || { scontrol requeue "$SLURM_JOB_ID"; sleep 60; }'
     )
-    slurm.wait_for_state(slurm.submit(script, "--requeue"), "COMPLETED", seconds=30)
+    slurm.wait_for_state(slurm.submit(script, "--requeue"), "COMPLETED", seconds=90)
     assert _output(tmp_path / "out") == ["0", "1"]
 
 
@@ -104,7 +112,7 @@ def test_nothing_of_a_job_survives_its_node_which_comes_back(slurm: SlurmCluster
     slurm.wait_for_state(job, "NODE_FAIL")
     assert [path.read_text() for path in tmp_path.glob("alive")] == written
     slurm.start_node("node2")
-    assert slurm.node_state("node2") == "idle"
+    slurm.wait_idle()
 
 
 def test_clear_ends_all_jobs_and_starts_what_was_stopped(slurm: SlurmCluster) -> None:
@@ -121,12 +129,8 @@ def test_accounting_knows_how_jobs_ended(slurm: SlurmCluster) -> None:
     job = slurm.submit("exit 75", "--account=vision")
     slurm.wait_for_state(job, "FAILED")
     line = f"{job}|FAILED|75:0|vision"
-    for _ in range(50):
-        if (
-            found := slurm.run("sacct", "-X", "-n", "-P", "-j", f"{job}", "-o", "JobID,State,ExitCode,Account")
-        ) == line:
-            return
-    pytest.fail(found)
+    told = ["sacct", "-X", "-n", "-P", "-j", f"{job}", "-o", "JobID,State,ExitCode,Account"]
+    _until(lambda: slurm.run(*told) == line)
 
 
 def test_a_cluster_without_accounting_has_jobs_but_no_sacct(slurm_without_accounting: SlurmCluster) -> None:
@@ -156,10 +160,7 @@ def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path) -> None:
         assert process.stdout.readline() == "up\n"
         assert _mentioning(str(tmp_path))
         os.kill(process.pid, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while _mentioning(str(tmp_path)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert _mentioning(str(tmp_path)) == []
+    _until(lambda: not _mentioning(str(tmp_path)))
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 

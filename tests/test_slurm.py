@@ -27,7 +27,7 @@ from launcher.status import Status
 from launcher.submission import backend_of
 from launcher.testing.conformance import STOPPABLE, holders, job, ledger, own_id, run_job, text_of, until
 from launcher.watch import UNSEEN_LIMIT_S
-from tests.services.slurm import SlurmCluster
+from tests.services.slurm import NODES, SlurmCluster
 from tests.worlds.slurm import SlurmWorld
 
 __all__ = ["job", "ledger", "run_job"]
@@ -91,6 +91,15 @@ def stop_early(run: Run, world: SlurmWorld, cluster: SlurmCluster) -> None:
     cluster.run("scancel", "--batch", "--signal=USR1", job_of(run))
 
 
+def hold_back(run: Run, cluster: SlurmCluster, *nodes: str) -> None:
+    """Puts off its next start, which is due in seconds: whoever looks may take longer. Until now the nodes that could
+    take it were drained."""
+    cluster.wait_for_state(job_of(run), "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job_of(run)}", "StartTime=now+600")
+    for node in nodes:
+        cluster.resume(node)
+
+
 def end_of(run: Run, world: SlurmWorld) -> Status:
     return run.wait(timeout=world.patience)
 
@@ -141,7 +150,7 @@ def test_a_waiting_run_is_cancelled_and_leaves_no_secrets(
 def test_a_cancelled_run_saves_its_checkpoint_in_its_grace(
     run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster
 ) -> None:
-    run = run_job(STOPPABLE, retries=3, resources={"grace": "10s"})
+    run = run_job(STOPPABLE, retries=3, resources={"grace": "60s"})
     until(lambda: "starts from None" in text_of(run), world)
     run.cancel()
     status = end_of(run, world)
@@ -159,15 +168,19 @@ def test_cancelled_twice_it_does_not_use_up_its_grace(run_job: StartRun, world: 
     run.cancel()
     status = end_of(run, world)
     assert status.state is State.CANCELLED
-    assert time.monotonic() - begun < 45  # KillWait of the cluster is 10 s
+    assert time.monotonic() - begun < 300  # KillWait of the cluster is 10 s
 
 
 def test_a_run_that_waits_for_its_next_start_is_cancelled(
     run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any]
 ) -> None:
     run = run_job(STOPPABLE, **secret)
+    until(lambda: "starts from None" in text_of(run), world)
+    for node in NODES:
+        slurm.drain(node)
     stop_early(run, world, slurm)
-    until(lambda: run.status().reason == "waiting for its earliest start", world)
+    hold_back(run, slurm, *NODES)
+    until(lambda: reason_of(run).startswith("waiting for its earliest start"), world)
     assert run.status().state is State.RESTARTING
     assert run.cancel().state is State.CANCELLED
     assert secrets_left(run) == []
@@ -181,9 +194,13 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(run_job: StartRun, world: Slurm
     run = run_job(RESUMES)
     until(lambda: "starts from None" in text_of(run), world)
     node = run.status().node
+    (other,) = set(NODES) - {node}
+    slurm.drain(other)
     slurm.kill_node(node)
     slurm.put_down(node)  # as the controller would find out by itself
+    hold_back(run, slurm, other)
     until(lambda: run.status().state is State.RESTARTING, world)
+    slurm.run("scontrol", "update", f"JobId={job_of(run)}", "StartTime=now")
     status = end_of(run, world)
     assert (status.state, status.attempt, status.node != node) == (State.SUCCEEDED, 2, True)
     assert "starts from 1" in text_of(run)
@@ -323,15 +340,26 @@ def test_a_run_at_its_time_limit_goes_on_in_its_next_start(
     run_job: StartRun, world: SlurmWorld, slurm: SlurmCluster, secret: dict[str, Any]
 ) -> None:
     script = f"import os; print('token', len(os.environ['TOKEN']))\n{textwrap.dedent(STOPPABLE)}"
-    run = run_job(script, resources={"grace": "5s"}, **secret)
+    run = run_job(script, resources={"grace": "20s"}, **secret)
     until(lambda: "starts from None" in text_of(run), world)
     assert secrets_left(run) == []
-    slurm.run("scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=1")  # its warning is due 65 s before that
+    limit_time(run, slurm, minutes_left=1)  # its warning is due 80 s before that
+    until(lambda: " Restarts=1 " in slurm.run("scontrol", "-o", "show", "job", job_of(run)), world)
+    limit_time(run, slurm, minutes_left=60)
     status = end_of(run, world)
     assert (status.state, status.attempt, status.exit_code) == (State.SUCCEEDED, 2, 0)
     assert "starts from 1" in text_of(run)
     assert text_of(run).count(f"token {len(TOKEN)}") == 2
     assert secrets_left(run) == []
+
+
+def limit_time(run: Run, cluster: SlurmCluster, *, minutes_left: int) -> None:
+    """At least 30 s of the first minute are left: that long SLURM may take to look at the time."""
+    facts = cluster.run("scontrol", "-o", "show", "job", job_of(run))
+    (runs_for,) = re.findall(r" RunTime=00:(\d\d):(\d\d) ", facts)
+    minutes, seconds = map(int, runs_for)
+    limit = minutes + (seconds >= 30) + minutes_left
+    cluster.run("scontrol", "update", f"JobId={job_of(run)}", f"TimeLimit={limit}")
 
 
 def test_after_its_last_attempt_it_does_not_go_back(
@@ -373,7 +401,7 @@ def processes_of(run: Run) -> dict[str, int]:
             environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
             if f"SLURM_JOB_ID={job_of(run)}" not in environ or f"SLURM_JOB_NAME={run.id}" not in environ:
                 continue
-            if words[-2].endswith("slurm_script"):
+            if "".join(words[-2:-1]).endswith("slurm_script"):
                 found.setdefault("script", int(folder.name))
             elif words[0] == "srun":
                 found.setdefault("srun", int(folder.name))
@@ -449,7 +477,7 @@ def test_a_run_that_waits_for_others_says_so_and_when_it_may_start(
     other = slurm.submit("sleep 600", "--exclusive", "--nodes=2", "--time=10")
     slurm.wait_for_state(other, "RUNNING")
     first, second = run_job(SLEEP), run_job(SLEEP)
-    expected = r"waiting for resources; SLURM expects to start it in (10m|9m \d\ds)( 00s)?"
+    expected = r"waiting for resources; SLURM expects to start it in (10m|[1-9]m \d\ds)( 00s)?"
     until(lambda: re.fullmatch(expected, reason_of(first)), world)
     until(lambda: reason_of(second).startswith("waiting for priority: other jobs come first"), world)
     assert first.status().state is State.QUEUED
@@ -478,9 +506,7 @@ def test_a_run_that_can_t_start_says_why(
 def test_a_run_that_a_qos_keeps_waiting_says_so(run_job: StartRun, world: SlurmWorld) -> None:
     first, second = (run_job(SLEEP, resources={"gpus": 1}) for _ in range(2))
     until_sleeping(first, world)
-    until(lambda: "scheduler" not in reason_of(second), world)
-    assert "QOS" in reason_of(second)
-    assert "GPU" in reason_of(second)
+    until(lambda: re.search("QOS.*GPU", reason_of(second)), world)
 
 
 # -- submitted once ---------------------------------------------------------------------------------------------------

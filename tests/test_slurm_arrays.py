@@ -36,14 +36,15 @@ ELEMENT = """
     from launcher.contract import Layout, complete_checkpoint, newest_checkpoint
     name, layout = os.environ["NAME"], Layout.from_environment()
     newest = newest_checkpoint(layout.checkpoints)
-    print("I am", name, "from", newest.name if newest else None, len(os.environ.get("TOKEN", "")), flush=True)
-    if name == "fails":
-        sys.exit(3)
-    if name == "long" and newest is None:
+    long = name == "long" and newest is None
+    if long:
         step = layout.checkpoints / "1"
         step.mkdir(parents=True)
         complete_checkpoint(step, step=1)
-        time.sleep(600)
+    print("I am", name, "from", newest.name if newest else None, len(os.environ.get("TOKEN", "")), flush=True)
+    if name == "fails":
+        sys.exit(3)
+    time.sleep(600 if long else 0)
 """
 
 
@@ -214,8 +215,8 @@ def test_elements_are_runs_of_their_own(
     good, bad, long = runs = sweep(["good", "fails", "long"], **secret)
     assert len(arrays(runs)) == 1
     until(lambda: "I am long from None" in text_of(long), world)
-    assert good.wait(timeout=60).state is State.SUCCEEDED
-    failed = bad.wait(timeout=60)
+    assert good.wait(timeout=240).state is State.SUCCEEDED
+    failed = bad.wait(timeout=240)
     assert (failed.state, failed.exit_code) == (State.FAILED, 3)
     for run, name in zip(runs, ["good", "fails", "long"], strict=True):
         assert f"I am {name} from None {len(TOKEN)}" in text_of(run)
@@ -232,7 +233,7 @@ def test_elements_are_runs_of_their_own(
 
     again = bad.resume()  # alone, as its second submission
     assert "_" not in native(again)
-    assert again.wait(timeout=60).state is State.FAILED
+    assert again.wait(timeout=240).state is State.FAILED
     bad.remove(remote=True)
     assert not (records(world) / bad.id).exists()
     assert backend_for(world).find([run.id for run in runs]) == {run.id: run.handle for run in (good, long)}
@@ -243,10 +244,10 @@ def test_one_element_is_cancelled_while_it_runs(sweep: Sweep, world: SlurmWorld)
     for run in (first, second):
         until(lambda run=run: "I am long" in text_of(run), world)
     first.cancel()
-    assert first.wait(timeout=60).state is State.CANCELLED
+    assert first.wait(timeout=240).state is State.CANCELLED
     assert second.status().state is State.RUNNING
     second.cancel()
-    assert second.wait(timeout=60).state is State.CANCELLED
+    assert second.wait(timeout=240).state is State.CANCELLED
 
 
 @pytest.mark.usefixtures("waiting")
@@ -289,7 +290,7 @@ def test_cut_off_when_it_had_arrived(
     assert slurm.run("squeue", "--noheader", "--format=%F") == array
     for node in NODES:
         slurm.resume(node)
-    assert {run.wait(timeout=60).state for run in runs} == {State.SUCCEEDED}
+    assert {run.wait(timeout=240).state for run in runs} == {State.SUCCEEDED}
 
 
 @pytest.mark.usefixtures("waiting")

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.services.ports import free_port
+
 __all__ = ["Registry", "registry_server"]
 
-_LISTENS = re.compile(r"listening on (127\.0\.0\.1:\d+)")
+_LISTENS = re.compile(r"listening on (127\.0\.0\.1:\d+)\D")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def registry_server(
         yield Registry(address, folder, configuration)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def _port_of(settings: Path) -> int:
@@ -70,15 +72,8 @@ def _port_of(settings: Path) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         port = int(json.loads(settings.read_text())["http"]["addr"].rpartition(":")[2])
         probe.bind(("127.0.0.1", port))
-        return port or _free_port()
-    return _free_port()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return port or free_port()
+    return free_port()
 
 
 def _settings(folder: Path, login: tuple[str, str] | None, read_only: bool, port: int) -> str:
@@ -110,7 +105,7 @@ def _bcrypt(password: str) -> str:
     return hashed.decode()
 
 
-def _address(process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> str:
+def _address(process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> str:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         if found := _LISTENS.search(log.read_text()):

@@ -11,7 +11,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from launcher.process import descendants
 from tests.services.podman import locked
+from tests.services.ports import free_port
 
 __all__ = ["ALIAS", "NOISE", "Sshd", "close_connections", "sshd"]
 
@@ -88,7 +88,7 @@ def sshd(
     runtime = Path(tempfile.mkdtemp(prefix="cvt-", dir="/tmp"))
     try:
         with _user(login_shell, folder / "client_key.pub", password) as user:
-            port = _free_port()
+            port = free_port()
             home = Path(pwd.getpwnam(user).pw_dir)
             if login_shell is None:
                 home = folder / "home"  # without the login files of this machine's root
@@ -100,13 +100,16 @@ def sshd(
                 yield Sshd(folder, runtime, port, user, home, pid)
                 close_connections(runtime)
     finally:
-        shutil.rmtree(runtime)
+        shutil.rmtree(runtime, ignore_errors=True)
 
 
 def close_connections(runtime: Path) -> None:
-    """Ends what ssh has left behind with sockets below `runtime`."""
-    for path in runtime.glob("*/*"):
-        subprocess.run(["ssh", "-O", "exit", "-S", path, "any"], capture_output=True, check=False)
+    """Ends what ssh has left behind with sockets below `runtime`. What is told to end removes its socket later."""
+    for path in list(runtime.glob("*/*")):
+        done = subprocess.run(["ssh", "-O", "exit", "-S", path, "any"], capture_output=True, check=False)
+        deadline = time.monotonic() + 60
+        while done.returncode == 0 and path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def _make_key(path: Path) -> None:
@@ -152,13 +155,6 @@ def _write_client(folder: Path, port: int, user: str) -> None:
     script.chmod(0o755)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def _process(folder: Path) -> Iterator[int]:
     log = folder / "sshd.log"
@@ -175,10 +171,10 @@ def _process(folder: Path) -> Iterator[int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
-def _wait_for(process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> None:
+def _wait_for(process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         if "Server listening on" in log.read_text():

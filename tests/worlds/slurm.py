@@ -24,7 +24,7 @@ class SlurmWorld:
     where it is."""
 
     backend = "slurm"
-    patience = 90.0
+    patience = 240.0
 
     def __init__(
         self, folder: Path, cluster: SlurmCluster, *, ssh: Sshd | None = None, image: str | None = None, **keys: Any

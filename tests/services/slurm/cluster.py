@@ -68,7 +68,7 @@ class SlurmCluster:
         """SLURM's word, of the first element of an array; empty if it does not know the job (any more)."""
         return self.run("squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T", check=False).partition("\n")[0]
 
-    def wait_for_state(self, job: int | str, *states: str, seconds: float = 60) -> str:
+    def wait_for_state(self, job: int | str, *states: str, seconds: float = 180) -> str:
         found = _eventually(lambda: self.state(job) in states, seconds)
         assert found, f"job {job} is {self.state(job)!r}, not {' or '.join(states)}, after {seconds:g} s"
         return self.state(job)
@@ -116,7 +116,7 @@ class SlurmCluster:
     def resume(self, node: str) -> None:
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
-    def wait_idle(self, seconds: float = 60) -> None:
+    def wait_idle(self, seconds: float = 180) -> None:
         """Until no job waits or runs, and all nodes are idle."""
 
         def idle() -> bool:
@@ -208,7 +208,7 @@ def _add_associations(cluster: SlurmCluster) -> None:
     def known() -> bool:
         return "gpu" in cluster.run("sacctmgr", "--noheader", "show", "tres", "format=name", check=False)
 
-    assert _eventually(known, 20), cluster.daemons["slurmctld"].last_words()
+    assert _eventually(known, 60), cluster.daemons["slurmctld"].last_words()
     for command in (
         f"add qos {QOS} set MaxTRESPerUser=gres/gpu=1",
         f"add account {ACCOUNT} Description=tests Organization=tests",

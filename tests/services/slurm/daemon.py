@@ -33,7 +33,7 @@ class Daemon:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def wait_until(self, ready: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    def wait_until(self, ready: Callable[[], bool], what: str, seconds: float = 120) -> None:
         """AssertionError with the end of its log if it ends before, or is not ready in that time."""
         end = time.monotonic() + seconds
         while self.running and time.monotonic() < end:
@@ -43,7 +43,7 @@ class Daemon:
         why = f"not {what} in {seconds:g} s" if self.running else f"ended with {self.process.returncode}"
         raise AssertionError(f"{self.name}: {why}:\n{self.last_words()}")
 
-    def wait_for_end(self, seconds: float = 30) -> None:
+    def wait_for_end(self, seconds: float = 120) -> None:
         self.process.wait(seconds)
         self.kill()
 
@@ -53,7 +53,7 @@ class Daemon:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.write(b"\n")
             self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def last_words(self, lines: int = 20) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

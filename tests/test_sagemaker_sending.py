@@ -166,7 +166,8 @@ def test_two_who_send_one_run_at_once(site: SageMakerSite) -> None:
 
 
 def stored(site: SageMakerSite, run_id: str) -> bool:
-    return any(call.operation == "PutObject" and f"/{run_id}/" in call.path for call in site.cloud.calls)
+    puts = [call for call in site.cloud.calls if (call.operation, call.status) == ("PutObject", 200)]
+    return any(f"/{run_id}/" in call.path for call in puts)
 
 
 def in_state(run_id: str, state: State) -> bool:

@@ -62,7 +62,7 @@ def test_a_training_is_the_one_at_home_and_the_container_backend_s(
     digits: Path, world: SageMakerWorld, ledger: Ledger, at_home: Callable[..., Run], pinned: str, tmp_path: Path
 ) -> None:
     run = train(digits, world.target, ledger, settings=[f"image={pinned}"])
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
     there = render(digits / "tiny.yaml", backend="container", settings=[f"image={pinned}"])
     assert run.record.plan["job_digest"] == there.job_digest != at_home().record.plan["job_digest"]
@@ -82,7 +82,7 @@ def test_an_interrupted_spot_training_ends_with_the_same_numbers(
     run = train(digits, world.target, ledger, {**LONGER, **SPOT}, settings=world.settings)
     in_training(run)
     world.cloud.interrupt(job_name(run))
-    status = run.wait(timeout=300)
+    status = run.wait(timeout=600)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
     assert resumed_in_the_middle(run), text_of(run)
     assert series(run.metrics()) == series(at_home(**LONGER).metrics())
@@ -94,7 +94,7 @@ def test_two_instances_train_as_two_processes_at_home(
     digits: Path, world: SageMakerWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:
     run = train(digits, world.target, ledger, {"resources.nodes": "2"}, settings=world.settings)
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home(**{"resources.processes": "2"}).metrics())
     assert {line.node for line in run.logs()} == {0, 1}
     assert run.store().head("nodes/1/output/metrics.jsonl") is None, "one node writes them"
@@ -105,7 +105,7 @@ def test_a_training_without_network_comes_home(
     digits: Path, world: SageMakerWorld, ledger: Ledger, at_home: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = train(digits, world.target, ledger, settings=world.settings)
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     home = run.sync(tmp_path / "home").path
     assert series(Metrics.from_file(home / "output/metrics.jsonl")) == series(at_home().metrics())
     assert (home / "output/result.json").exists()

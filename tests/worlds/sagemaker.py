@@ -21,21 +21,19 @@ from tests.services.aws import AwsCloud
 __all__ = ["IMAGE", "SageMakerWorld", "facts_of", "sagemaker_world"]
 
 IMAGE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/cvlaunch/trainer:test"
-_GRACE_S = 20.0
 
 
 class SageMakerWorld:
     """A bucket and a role of its own. keys: of the target, besides."""
 
     backend = "sagemaker"
-    patience = 90.0
+    patience = 300.0
 
     def __init__(self, cloud: AwsCloud, *, image: str, **keys: Any) -> None:
         self.cloud, self._keys = cloud, keys
         self.bucket = f"vision-{secrets.token_hex(4)}"
         cloud.bucket(self.bucket)
         cloud.serve_image(IMAGE, image=image)
-        cloud.grace_s = _GRACE_S
         self._role = cloud.role()
 
     @property

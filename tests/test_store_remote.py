@@ -45,7 +45,7 @@ def part_files(folder: Path) -> list[Path]:
     return list(folder.glob(".*.part")) if folder.exists() else []
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
@@ -158,7 +158,7 @@ def test_an_upload_that_breaks_leaves_nothing(ssh_server: Sshd, store: RemoteSto
         wait_for(lambda: some_arrived(root))
         ssh_server.cut()
         with pytest.raises(UnreachableError, match="the connection broke"):
-            call.result(30)
+            call.result(120)
     wait_for(lambda: not part_files(root))
     assert store.read("big") == b"old"
 
@@ -173,7 +173,7 @@ def test_a_download_that_breaks_leaves_nothing(
         wait_for(lambda: some_arrived(home))
         ssh_server.cut()
         with pytest.raises(UnreachableError, match="the connection broke"):
-            call.result(30)
+            call.result(120)
     assert list(home.iterdir()) == []
 
 
@@ -184,7 +184,7 @@ def test_a_file_that_shrinks_meanwhile_is_no_upload(store: RemoteStore, root: Pa
         wait_for(lambda: some_arrived(root))
         os.truncate(source, 0)
         with pytest.raises(IntegrityError, match=r"'big' in ssh://cluster/.* was cut short"):
-            call.result(30)
+            call.result(120)
     assert list(root.iterdir()) == []
 
 
@@ -196,7 +196,7 @@ def test_a_file_that_shrinks_meanwhile_is_no_download(store: RemoteStore, root: 
         wait_for(lambda: some_arrived(home))
         os.truncate(root / "big", 0)
         with pytest.raises(IntegrityError, match="was cut short"):
-            call.result(30)
+            call.result(120)
     assert list(home.iterdir()) == []
 
 

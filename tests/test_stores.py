@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher import stores
@@ -181,6 +181,7 @@ def test_paths_that_leave_the_folder_are_refused(store: Store, path: str, tmp_pa
             list(store.list(path))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=30) | st.lists(st.sampled_from(["..", ".", "a", "", "/", "\\", "C:"])).map("/".join))
 def test_a_path_that_passes_stays_below_its_root(path: str) -> None:
     if stores.bad_path(path) is None:
@@ -376,7 +377,7 @@ def test_a_folder_needs_no_library(tmp_path: Path) -> None:
         "heavy = {'obstore', 'boto3', 'botocore', 'google.auth', 'stamina', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
-    subprocess.run([sys.executable, "-c", script, "/tmp/cvlaunch-no-library"], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "store")], check=True)
 
 
 # -- S3 as it is ------------------------------------------------------------------------------------------------------

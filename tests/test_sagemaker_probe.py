@@ -16,6 +16,7 @@ import pytest
 import launcher.backends
 import launcher.sagemaker
 from launcher.backends.base import Problem
+from launcher.credentials.partitions import partition_of
 from launcher.errors import AuthError, SpecError, UnreachableError
 from launcher.sagemaker.catalogue import INSTANCES
 from launcher.sagemaker.client import Account, MissingError, Quota
@@ -25,7 +26,6 @@ from launcher.sagemaker.policy import (
     document,
     ecr_image,
     parse_role,
-    partition_of,
     place_of,
     role_needs,
     split_s3,
@@ -580,10 +580,13 @@ def test_the_role_may_do_what_the_runner_and_the_platform_do() -> None:
 
 @pytest.mark.parametrize(
     ("region", "partition"),
-    [("eu-west-1", "aws"), ("cn-northwest-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov"), ("us-iso-east-1", "aws-iso")],
-)
+    [
+        ("eu-west-1", "aws"), ("cn-northwest-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov"),
+        ("us-iso-east-1", "aws-iso"), ("us-isof-south-1", "aws-iso-f"), ("eu-isoe-west-1", "aws-iso-e"),
+    ],
+)  # fmt: skip
 def test_the_partition_follows_from_the_region(region: str, partition: str) -> None:
-    assert partition_of(region) == partition
+    assert partition_of(region).name == partition
     for policy in policies(target(role=None, registry=None), region, data=DATA).values():
         arns = {arn.split(":")[1] for s in policy["Statement"] for arn in s["Resource"] if arn != "*"}
         assert arns == {partition}

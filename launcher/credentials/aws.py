@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.credentials.partitions import DOMAINS
 from launcher.errors import AuthError, SpecError, UnreachableError, UnsupportedError, nearest
 from launcher.secretfiles import require_private
 
@@ -37,7 +38,7 @@ __all__ = [
     "translated",
 ]
 
-_ECR = re.compile(r"(\d{12})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
+_ECR = re.compile(rf"(\d{{12}})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.(?:{DOMAINS})")
 """https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
 
 _NATIVE = (

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from launcher.credentials.partitions import DOMAINS, partition_of
 from launcher.errors import SpecError
 from launcher.sagemaker.client import LOG_GROUP, Json
 from launcher.sagemaker.target import SageMakerTarget
@@ -25,7 +26,6 @@ __all__ = [
     "document",
     "ecr_image",
     "parse_role",
-    "partition_of",
     "place_of",
     "role_needs",
     "split_s3",
@@ -37,17 +37,8 @@ SERVICE = "sagemaker.amazonaws.com"
 
 _VERSION = "2012-10-17"
 _UNKNOWN_ROLE = "REPLACE-ME"
-_PARTITIONS = {
-    "cn-": "aws-cn",
-    "us-gov-": "aws-us-gov",
-    "us-isob-": "aws-iso-b",
-    "us-iso-": "aws-iso",
-    "eusc-": "aws-eusc",
-}
-"""Beginning of a region → its partition; all others are in `aws`."""
-
 _ECR = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr(?:-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.(?:com(?:\.cn)?|eu)/"
+    rf"(?P<account>\d{{12}})\.dkr\.ecr(?:-fips)?\.(?P<region>[a-z0-9-]+)\.(?:{DOMAINS})/"
     r"(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _ROLE = re.compile(r"arn:(?P<partition>aws[a-z-]*):iam::(?P<account>\d{12}):role/(?:.+/)?(?P<name>[\w+=,.@-]+)")
@@ -97,7 +88,7 @@ class Place:
     secrets: tuple[str, ...] = ()
 
     def arn(self, service: str, resource: str, *, account: str | None = None) -> str:
-        return f"arn:{partition_of(self.region)}:{service}:{self.region}:{account or self.account}:{resource}"
+        return f"arn:{partition_of(self.region).name}:{service}:{self.region}:{account or self.account}:{resource}"
 
 
 def place_of(target: SageMakerTarget, region: str, *, data: Sequence[str] = (), secrets: Sequence[str] = ()) -> Place:
@@ -112,10 +103,6 @@ def place_of(target: SageMakerTarget, region: str, *, data: Sequence[str] = (), 
                 f"{secret!r} is no reference; one looks like secretsmanager:NAME or ssm:NAME", key="--secret"
             )
     return Place(target, region, account, target.output, in_s3, found)
-
-
-def partition_of(region: str) -> str:
-    return next((name for start, name in _PARTITIONS.items() if region.startswith(start)), "aws")
 
 
 def ecr_image(reference: str) -> EcrImage | None:
@@ -139,7 +126,7 @@ def split_s3(uri: str) -> tuple[str, str] | None:
 def arn_of_s3(bucket: str, region: str, prefix: str | None = None) -> str:
     """Of the bucket, or of all that stands below a prefix."""
     inside = "" if prefix is None else f"/{prefix}/*" if prefix else "/*"
-    return f"arn:{partition_of(region)}:s3:::{bucket}{inside}"
+    return f"arn:{partition_of(region).name}:s3:::{bucket}{inside}"
 
 
 # ---- who submits
@@ -166,7 +153,7 @@ def submitter_needs(place: Place) -> Iterator[Need]:
 
 
 def _role_arn(place: Place) -> str:
-    return place.target.role or f"arn:{partition_of(place.region)}:iam::{place.account}:role/{_UNKNOWN_ROLE}"
+    return place.target.role or f"arn:{partition_of(place.region).name}:iam::{place.account}:role/{_UNKNOWN_ROLE}"
 
 
 def _output_needs(place: Place) -> Iterator[Need]:
@@ -212,7 +199,7 @@ def _push_needs(place: Place) -> Iterator[Need]:
 
 
 def _repository(image: EcrImage, place: Place) -> str:
-    return f"arn:{partition_of(place.region)}:ecr:{image.region}:{image.account}:repository/{image.repository}"
+    return f"arn:{partition_of(place.region).name}:ecr:{image.region}:{image.account}:repository/{image.repository}"
 
 
 # ---- the role of jobs

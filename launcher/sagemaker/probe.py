@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.backends.base import Problem
+from launcher.credentials.partitions import partition_of
 from launcher.errors import AuthError, CvlaunchError, SpecError, UnreachableError
 from launcher.quantities import format_duration
 from launcher.sagemaker.catalogue import INSTANCES, instance_type
@@ -470,7 +471,7 @@ def _registry(reference: str) -> str:
 
 
 def _not_in_ecr(reference: str, target: SageMakerTarget, account: Account) -> str:
-    to = target.registry or f"ACCOUNT.dkr.ecr.{account.region}.amazonaws.com/REPOSITORY"
+    to = target.registry or f"ACCOUNT.dkr.ecr.{account.region}.{partition_of(account.region).domain}/REPOSITORY"
     return (
         f"{reference} is not in ECR, from where SageMaker takes images: push it: `cvlaunch image push {reference} {to}`"
         "; for a registry in your VPC write image_access: Vpc in the target"

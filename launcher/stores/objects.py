@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.credentials.partitions import partition_of
 from launcher.errors import AuthError, UnreachableError
 from launcher.stores.base import Entry, StorageOptions, pem_text
 from launcher.stores.folders import PROBE, copy_into_place
@@ -29,6 +30,8 @@ from launcher.stores.paths import check_path, from_store
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSConfig, MemoryStore, RetryConfig, S3Config
     from obstore.store import ObjectStore as Client
+
+    from launcher.credentials.aws import Provider
 
 __all__ = ["CLIENTS", "ObjectStore"]
 
@@ -182,7 +185,8 @@ def _s3_client(bucket: str, options: StorageOptions, patience_s: float) -> Clien
 
     from launcher.credentials import aws
 
-    endpoint = options.endpoint or aws.s3_endpoint(options.profile)
+    provider = None if options.anonymous else aws.obstore_credentials(options.profile)
+    endpoint = options.endpoint or aws.s3_endpoint(options.profile) or _s3_of_partition(_region(options, provider))
     config: S3Config = {"virtual_hosted_style_request": False}
     if endpoint:  # the second, because it would win over the first if it came from the environment
         config["endpoint"] = config["aws_endpoint_url_s3"] = endpoint
@@ -190,7 +194,6 @@ def _s3_client(bucket: str, options: StorageOptions, patience_s: float) -> Clien
         config["region"] = options.region
     if options.anonymous:
         config["skip_signature"] = True
-    provider = None if options.anonymous else aws.obstore_credentials(options.profile)
     with object_errors(f"s3://{bucket}", Operation.READ):
         return S3Store(
             bucket,
@@ -199,6 +202,19 @@ def _s3_client(bucket: str, options: StorageOptions, patience_s: float) -> Clien
             retry_config=_retries(patience_s),
             credential_provider=provider,
         )
+
+
+def _region(options: StorageOptions, provider: Provider | None) -> str:
+    """The one that obstore will take."""
+    of_profile = provider.config.get("region") if provider else None
+    found = options.region or of_profile or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return found or ""
+
+
+def _s3_of_partition(region: str) -> str | None:
+    """Where S3 is if not at amazonaws.com, the only domain that obstore knows (0.12)."""
+    domain = partition_of(region).domain
+    return None if domain == "amazonaws.com" else f"https://s3.{region}.{domain}"
 
 
 def _gcs_client(bucket: str, options: StorageOptions, patience_s: float) -> Client:

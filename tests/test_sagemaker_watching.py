@@ -642,7 +642,16 @@ def test_endpoints_of_a_target(site: SageMakerSite, monkeypatch: pytest.MonkeyPa
     assert run.status().state is State.SUCCEEDED
     assert [line.text for line in run.logs()] == ["news"]
     variables = site.cloud.posted(run.id)["Environment"]
-    assert json.loads(variables["CVLAUNCH_STORAGE"])["endpoint"] == site.cloud.endpoint
+    assert "endpoint" not in json.loads(variables["CVLAUNCH_STORAGE"]), "how you reach S3 is nothing to a job"
+
+
+def test_an_endpoint_of_jobs_travels(site: SageMakerSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """You may have another one."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", site.cloud.endpoint)
+    endpoints, storage = {"s3": site.cloud.endpoint}, {"endpoint": "https://s3.inside.example.com"}
+    run = site.send({"endpoints": endpoints, "storage": storage})
+    variables = site.cloud.posted(run.id)["Environment"]
+    assert json.loads(variables["CVLAUNCH_STORAGE"])["endpoint"] == storage["endpoint"]
 
 
 def test_a_private_authority(site: SageMakerSite, monkeypatch: pytest.MonkeyPatch) -> None:

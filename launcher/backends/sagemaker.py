@@ -392,7 +392,7 @@ class SageMakerBackend:
         """S3 in the account's region, whoever has named that."""
         if scheme(uri) != "s3":
             return None
-        options = self.target.storage.options
+        options = self.target.store_options
         return open_store(uri, options if options.region else dataclasses.replace(options, region=self._account.region))
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ class SageMakerBackend:
         return self._opened(join_uri(folder, MIRROR) if job.get("EnableNetworkIsolation") else folder)
 
     def _opened(self, uri: str) -> Store:
-        return self.store(uri) or open_store(uri, self.target.storage.options)
+        return self.store(uri) or open_store(uri, self.target.store_options)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

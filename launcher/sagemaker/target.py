@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal, Self
 
@@ -12,6 +13,7 @@ from launcher.errors import nearest
 from launcher.quantities import format_duration
 from launcher.sagemaker.client import Access
 from launcher.spec import Duration, Whole
+from launcher.stores import StorageOptions
 
 __all__ = ["LONGEST_RUN_S", "SageMakerTarget"]
 
@@ -60,7 +62,7 @@ class SageMakerTarget(BaseTarget):
         0, ge=0, le=30, description="how often SageMaker starts a job again after an internal error of its own"
     )
     tags: dict[str, str] = Field({}, description="further tags of each job: {team: vision}")
-    endpoints: dict[str, Url] = Field({}, description=f"URL by service ({', '.join(_SERVICES)}), as for VPC endpoints")
+    endpoints: dict[str, Url] = Field({}, description=f"how you reach a service: URL by name ({', '.join(_SERVICES)})")
 
     @field_validator("region")
     @classmethod
@@ -116,11 +118,15 @@ class SageMakerTarget(BaseTarget):
         """The store is reached as the account is, unless `storage` says otherwise."""
         if not isinstance(values, dict) or not isinstance(values.get("storage", {}), dict):
             return values
-        endpoints = values.get("endpoints")
-        s3 = endpoints.get("s3") if isinstance(endpoints, dict) else None
-        known = {"profile": values.get("profile"), "region": values.get("region"), "endpoint": s3}
+        known = {"profile": values.get("profile"), "region": values.get("region")}
         inherited = {key: value for key, value in known.items() if isinstance(value, str)}
         return {**values, "storage": {**inherited, **values.get("storage", {})}} if inherited else values
+
+    @property
+    def store_options(self) -> StorageOptions:
+        """Of this machine's way to the store. What is in `endpoints` is of that alone: jobs have `storage.endpoint`."""
+        options = self.storage.options
+        return dataclasses.replace(options, endpoint=self.endpoints.get("s3") or options.endpoint)
 
     @property
     def access(self) -> Access:

@@ -37,8 +37,16 @@ __all__ = ["job", "ledger", "run_job"]
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
 
-SLEEP = "import time; print('sleeping', flush=True); time.sleep(120)"
-A_WHILE = "import sys, time; print('sleeping', flush=True); time.sleep(4); print('rested', flush=True); sys.exit(3)"
+SLEEP = "import time; print('sleeping', flush=True); time.sleep(600)"
+UNTIL_GO = """
+    import os, pathlib, sys, time
+    print('sleeping', flush=True)
+    while not pathlib.Path(os.environ["CVLAUNCH_OUTPUT"], "go").exists():
+        time.sleep(0.05)
+    print('rested', flush=True)
+    sys.exit(3)
+"""
+"""Sleeps until `let_go`."""
 
 
 @pytest.fixture
@@ -99,6 +107,12 @@ def until_sleeping(run: Run, world: ContainerWorld) -> None:
     until(lambda: "sleeping" in text_of(run), world)
 
 
+def let_go(run: Run, folder: str = "output") -> None:
+    root = run.store().local_path()
+    assert root is not None
+    (root / folder / "go").touch()
+
+
 # -- whoever is killed
 
 
@@ -106,23 +120,25 @@ def until_sleeping(run: Run, world: ContainerWorld) -> None:
 def test_the_end_is_known_whoever_was_killed(
     run_job: Callable[..., Run], world: ContainerWorld, victims: list[str]
 ) -> None:
-    run = run_job(A_WHILE)
+    run = run_job(UNTIL_GO)
     until_sleeping(run, world)
     for victim in victims:
         {"client": kill_client, "supervisor": kill_supervisor}[victim](run)
     status = run.status()
     assert status.state is State.RUNNING
     assert status.native == ("unsupervised" if "supervisor" in victims else "running")
-    status = run.wait(timeout=60)
+    let_go(run)
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code, status.attempt) == (State.FAILED, 3, 1)
     assert "rested" in text_of(run)
 
 
 def test_the_end_outlives_the_container(run_job: Callable[..., Run], world: ContainerWorld) -> None:
     """Nobody looked between the end of the job and the removal of its container."""
-    run = run_job(A_WHILE)
+    run = run_job(UNTIL_GO)
     until_sleeping(run, world)
     kill_supervisor(run)
+    let_go(run)
     podman("wait", run.id)
     podman("rm", run.id)
     status = run.status()
@@ -132,16 +148,17 @@ def test_the_end_outlives_the_container(run_job: Callable[..., Run], world: Cont
 @pytest.mark.parametrize("code", [0, 7])
 def test_an_engine_s_word_is_enough(foreign: Callable[..., Run], world: ContainerWorld, code: int) -> None:
     """Without a supervisor, and without a runner that would leave a result."""
-    run = foreign(f"echo sleeping; sleep 2; exit {code}")
+    run = foreign(f"echo sleeping; while [ ! -e /opt/ml/go ]; do sleep 0.1; done; exit {code}")
     until_sleeping(run, world)
     kill_supervisor(run)
-    status = run.wait(timeout=60)
+    let_go(run, folder=".")
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code) == (State.FAILED if code else State.SUCCEEDED, code)
 
 
 def test_containers_are_gone_after_their_end(run_job: Callable[..., Run], world: ContainerWorld) -> None:
     run = run_job("print('hello')")
-    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert run.wait(timeout=240).state is State.SUCCEEDED
     until(lambda: not record_of(run).supervisor.alive, world)
     assert podman("ps", "--all", "--quiet", "--filter", f"label=cvlaunch.run={run.id}") == ""
 
@@ -159,7 +176,7 @@ def test_a_removed_container_is_a_failure(run_job: Callable[..., Run], world: Co
     run = run_job(SLEEP)
     until_sleeping(run, world)
     podman("rm", "--force", "--time", "0", run.id)
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code) == (State.FAILED, 137)
     assert status.reason in ("its container was removed", "its container was killed by signal 9 (Killed)")
 
@@ -178,7 +195,7 @@ def test_a_removed_container_without_a_supervisor_is_lost_and_can_go_on(
     assert again.status().attempt == 2
     assert podman("container", "inspect", "--format", "{{.State.Status}}", f"{run.id}-2") == "running"
     again.cancel()
-    assert again.wait(timeout=60).state is State.CANCELLED
+    assert again.wait(timeout=240).state is State.CANCELLED
 
 
 def test_what_a_dead_supervisor_left_is_cleared_away(run_job: Callable[..., Run], world: ContainerWorld) -> None:
@@ -186,7 +203,7 @@ def test_what_a_dead_supervisor_left_is_cleared_away(run_job: Callable[..., Run]
     until_sleeping(run, world)
     kill_supervisor(run)
     podman("kill", run.id)
-    assert run.wait(timeout=60).state is State.FAILED
+    assert run.wait(timeout=240).state is State.FAILED
     again = run.resume()
     until(lambda: text_of(again).count("sleeping") == 2, world)
     assert podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"label=cvlaunch.run={run.id}") == f"{run.id}-2"
@@ -209,7 +226,7 @@ def test_a_killed_container_is_a_failure(run_job: Callable[..., Run], world: Con
     run = run_job(SLEEP)
     until_sleeping(run, world)
     podman("kill", run.id)
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code) == (State.FAILED, 137)
     assert status.reason == "its container was killed by signal 9 (Killed)"
 
@@ -222,7 +239,7 @@ def test_a_lack_of_memory_is_called_that(
         run = foreign("exec tail /dev/zero", resources={"memory": "64MiB"})
     else:
         run = run_job("x = bytearray(500 << 20)", resources={"memory": "256MiB"})
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code) == (State.FAILED, 137)
     assert f"at its memory limit, {'64.0' if whole else '256.0'} MiB (resources.memory)" in status.reason
 
@@ -234,7 +251,7 @@ def test_a_run_that_can_t_be_recorded_does_not_go_on(
     run_id = own_id("unrecorded")
     (tmp_path / f"world/container/{run_id}/supervisor.json").mkdir(parents=True)
     run = run_job(SLEEP, run_id=run_id)
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, "its supervisor failed: " in status.reason) == (State.FAILED, True)
     assert podman("ps", "--all", "--quiet", "--filter", f"label=cvlaunch.run={run_id}") == ""
 
@@ -252,7 +269,7 @@ def test_ctrl_c_leaves_the_run_alone(job: Callable[..., Path], world: ContainerW
         until(lambda: run_id in Ledger().ids() and "sleeping" in text_of(Run(run_id)), world)
         run = Run(run_id)
         os.killpg(follower.pid, signal.SIGINT)
-        follower.communicate(timeout=20)
+        follower.communicate(timeout=120)
         time.sleep(0.5)
         assert run.status().state is State.RUNNING
     finally:
@@ -260,7 +277,7 @@ def test_ctrl_c_leaves_the_run_alone(job: Callable[..., Path], world: ContainerW
         follower.communicate()
         if run:
             run.cancel()
-            assert run.wait(timeout=60).state is State.CANCELLED
+            assert run.wait(timeout=240).state is State.CANCELLED
 
 
 # -- cancel
@@ -278,8 +295,9 @@ def test_a_stop_reaches_the_first_process_once_and_a_kill_follows(
     began = time.monotonic()
     run.cancel()
     assert run.status().state in (State.STOPPING, State.CANCELLED)
-    assert run.wait(timeout=60).state is State.CANCELLED
-    assert (time.monotonic() - began > 15) == supervised
+    assert run.wait(timeout=240).state is State.CANCELLED
+    lasted = time.monotonic() - began
+    assert lasted > 15 if supervised else lasted < 120
     assert [line.text for line in run.logs()].count("told") == 1
 
 
@@ -288,7 +306,7 @@ def test_a_run_without_a_supervisor_is_cancelled(run_job: Callable[..., Run], wo
     until(lambda: "starts from None" in text_of(run), world)
     kill_supervisor(run)
     run.cancel()
-    assert run.wait(timeout=60).state is State.CANCELLED
+    assert run.wait(timeout=240).state is State.CANCELLED
     assert text_of(run).count("starts from") == 1
 
 
@@ -299,7 +317,7 @@ def test_a_cancellation_counts_at_any_moment_of_the_start(
     run = run_job(SLEEP)
     time.sleep(delay)
     run.cancel()
-    assert run.wait(timeout=60).state is State.CANCELLED
+    assert run.wait(timeout=240).state is State.CANCELLED
     until(lambda: not record_of(run).supervisor.alive, world)
     assert podman("ps", "--all", "--quiet", "--filter", f"label=cvlaunch.run={run.id}") == ""
 
@@ -380,7 +398,7 @@ def test_a_tag_that_moved_is_not_the_job_s_image(
         until(lambda: "starts from None" in text_of(run), world)
         podman("tag", base_image, tag)
         world.preempt(Handle("container", "world", run.id))
-        status = run.wait(timeout=60)
+        status = run.wait(timeout=240)
         assert (status.state, status.attempt) == (State.SUCCEEDED, 2), "the image itself is still here"
     finally:
         podman("untag", tag, tag)
@@ -395,11 +413,11 @@ def test_the_same_run_id_from_elsewhere_is_no_success(
     target = {**world.target, "root": str(tmp_path / "second")}
     (path.parent / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": target}}))
     second = submit(path, target="world", run_id=first.id, ledger=Ledger(tmp_path / "ledger-2"))
-    status = second.wait(timeout=60)
+    status = second.wait(timeout=240)
     assert (status.state, status.reason.split(":")[0]) == (State.ERROR, "another submission runs this run")
     assert first.status().state is State.RUNNING
     first.cancel()
-    assert first.wait(timeout=60).state is State.CANCELLED
+    assert first.wait(timeout=240).state is State.CANCELLED
 
 
 # -- what the container has
@@ -408,7 +426,7 @@ def test_the_same_run_id_from_elsewhere_is_no_success(
 def test_limits_are_set(run_job: Callable[..., Run], world: ContainerWorld) -> None:
     run = run_job(
         "import os, time; s = os.statvfs('/dev/shm'); print('shm', s.f_blocks * s.f_frsize); print('sleeping');"
-        "time.sleep(60)",
+        "time.sleep(600)",
         resources={"shm": "96MiB", "memory": "512MiB", "cpus": 1},
     )
     until_sleeping(run, world)
@@ -425,7 +443,7 @@ def test_an_unknown_command_gets_half_of_the_memory_to_share(
     run = run_job(
         "import os; s = os.statvfs('/dev/shm'); print('shm', s.f_blocks * s.f_frsize >> 20)", resources=resources
     )
-    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert run.wait(timeout=240).state is State.SUCCEEDED
     half = 256 if memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 >> 20
     assert f"shm {half}" in text_of(run)
 
@@ -456,7 +474,7 @@ def test_any_user_on_a_read_only_root_leaves_results(
     target = {**world.target, "user": user, "read_only": True}
     (path.parent / "targets.yaml").write_text(yaml.safe_dump({"targets": {"world": target}}))
     run = submit(path, target="world", ledger=ledger)
-    assert run.wait(timeout=90).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=240).state is State.SUCCEEDED, text_of(run)
     uid, gid = map(int, (user or f"{os.geteuid()}:{os.getegid()}").split(":"))
     assert f"user {uid} {gid}" in text_of(run)
     assert "refused Read-only file system" in text_of(run)
@@ -474,7 +492,7 @@ def test_the_job_s_own_code_runs_in_the_image_s_python(
     (path.parent / "own").mkdir()
     (path.parent / "own/mine.py").write_text("")
     run = submit(path, target="world", settings=world.settings, ledger=ledger)
-    assert run.wait(timeout=90).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=240).state is State.SUCCEEDED, text_of(run)
     assert "from /opt/ml/code/mine.py" in text_of(run)
 
 
@@ -495,7 +513,7 @@ def test_channels_are_mounted_read_only(
             print("refused", error.strerror)
     """
     run = submit(job(script, image=trainer_image, data={"train": str(data)}), target="world", ledger=ledger)
-    assert run.wait(timeout=60).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=240).state is State.SUCCEEDED, text_of(run)
     assert "read content" in text_of(run)
     assert "refused Read-only file system" in text_of(run)
     assert (data / "file").read_text() == "content"
@@ -514,7 +532,7 @@ def test_an_object_store_takes_the_results_and_gives_the_data(
     run = submit(path, target="world", ledger=ledger)
     until(lambda: "starts from None" in text_of(run), world)
     world.preempt(Handle("container", "world", run.id))
-    status = run.wait(timeout=90)
+    status = run.wait(timeout=240)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
     assert "starts from 1" in text_of(run)
     assert json.loads(run.store().read("output/result.json"))["upload"] == "complete"
@@ -541,7 +559,7 @@ def test_secrets_stand_in_no_engine_and_every_attempt_gets_them(
     assert config.is_dir()
     assert files_with(canary, since=since, folders=[tmp_path, home, config, Path("/run/containers")]) == {token}
     world.preempt(Handle("container", "world", run.id))
-    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert run.wait(timeout=240).state is State.SUCCEEDED
     assert text_of(run).count(f"secret of {len(canary) * 5_000}") == 2
 
 
@@ -552,7 +570,7 @@ def test_nothing_of_the_shell_gets_in(
     monkeypatch.setenv("OF_MY_SHELL", "yes")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "not-needed-here")
     run = run_job("import os; print('HAS', *os.environ)")
-    assert run.wait(timeout=60).state is State.SUCCEEDED
+    assert run.wait(timeout=240).state is State.SUCCEEDED
     (line,) = [line for line in text_of(run).splitlines() if line.startswith("HAS")]
     assert not {"CUDA_VISIBLE_DEVICES", "OF_MY_SHELL", "AWS_ACCESS_KEY_ID"} & set(line.split())
 
@@ -598,10 +616,10 @@ def test_a_foreign_image_s_own_command_and_its_timeout(
     foreign: Callable[..., Run], world: ContainerWorld, trainer_image: str
 ) -> None:
     run = foreign("trap 'exit 0' TERM; sleep 60 & wait", resources={"timeout": "2s"})
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, status.reason) == (State.TIMED_OUT, "the timeout (resources.timeout) is used up")
     run = foreign("", image=trainer_image, command=None)  # its entry point finds no job.json
-    status = run.wait(timeout=60)
+    status = run.wait(timeout=240)
     assert (status.state, status.exit_code) == (State.FAILED, 64)
     assert "set CVLAUNCH_JOB to a job.json" in text_of(run)
 
@@ -622,7 +640,7 @@ def test_a_command_runs_beside_the_job(run_job: Callable[..., Run], world: Conta
     missing = execute(run, "no-such-program")
     assert (missing.returncode, missing.stderr) == (127, "no-such-program: No such file or directory\n")
     run.cancel()
-    assert run.wait(timeout=60).state is State.CANCELLED
+    assert run.wait(timeout=240).state is State.CANCELLED
     assert "is CANCELLED; nothing runs there any more" in execute(run, "true").stderr
 
 

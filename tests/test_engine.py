@@ -21,7 +21,7 @@ from launcher.errors import (
     UnsupportedError,
 )
 from tests.fake_engine import FakeEngine
-from tests.services.podman import podman
+from tests.services.podman import locked, podman
 
 STEP = 'Error: building at STEP "RUN make": while running runtime: exit status 2'
 
@@ -262,9 +262,11 @@ def small(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "Dockerfile").write_text(
         f'FROM {base_image}\nCOPY note /opt/note\nUSER 1000\nENTRYPOINT ["cvlaunch-run", "--"]\nLABEL some="thing"\n'
     )
-    podman("build", "--tag", tag, folder)
+    with locked("images"):
+        podman("build", "--tag", tag, folder)
     yield tag
-    podman("rmi", "--force", tag)
+    with locked("images"):
+        podman("rmi", "--force", tag)
 
 
 @pytest.mark.needs("podman", "debootstrap")

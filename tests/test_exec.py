@@ -48,7 +48,7 @@ def world(make_world: Callable[[Path], World], tmp_path: Path) -> World:
     return make_world(tmp_path / "world")
 
 
-def ready(run: Run, seconds: float = 60.0) -> Run:
+def ready(run: Run, seconds: float = 240.0) -> Run:
     deadline = time.monotonic() + seconds
     while not any(line.text == "ready" for line in run.logs()):
         assert time.monotonic() < deadline, run.status()
@@ -164,7 +164,7 @@ def test_a_shell_has_the_terminal_and_survives_ctrl_c(napping: Napping) -> None:
     assert "/dev/pts/" in text and "Traceback" not in text
 
 
-def expect(terminal: int, words: str, seconds: float = 30.0) -> str:
+def expect(terminal: int, words: str, seconds: float = 240.0) -> str:
     """What the terminal shows, up to these words."""
     import select
 

@@ -76,7 +76,8 @@ def test_pushed_pulled_by_digest_and_run(
         assert not image_exists(pinned)
         container = _trained(tmp_path, image=pinned, backend="container")
     finally:
-        podman("rmi", "--force", "--ignore", *_names_of(config), check=False)
+        with locked("images"):
+            podman("rmi", "--force", "--ignore", *_names_of(config), check=False)
     assert container.record.job["job_file"]["image"]["config_digest"] == f"sha256:{config}"
     assert not [reason for reason in container.record.plan["unpinned"] if "image" in reason]
     local = _trained(tmp_path, backend="local")
@@ -99,7 +100,7 @@ def _trained(folder: Path, *, backend: str, **keys: Any) -> Run:
     settings = tuple(f"{key}={value}" for key, value in keys.items())
     ledger = Ledger(folder / "ledger", folder / "cache")
     run = submit(project / "tiny.yaml", target="here", settings=settings, ledger=ledger)
-    assert run.wait(timeout=300).state is State.SUCCEEDED, [line.text for line in run.logs()]
+    assert run.wait(timeout=600).state is State.SUCCEEDED, [line.text for line in run.logs()]
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -58,7 +59,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> N
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
@@ -169,26 +170,26 @@ def test_what_the_receiver_throws_ends_the_script(host: Host, ours: Callable[[],
 
     with pytest.raises(OSError, match="disk full"):
         host.run("yes", to=Full())
-    assert ours() == []
+    wait_for(lambda: ours() == [])
 
 
 def test_time_over_leaves_no_process(host: Host, ours: Callable[[], list[int]]) -> None:
     begun = time.monotonic()
     with pytest.raises(UnreachableError, match=r"no answer within 0\.5 s"):
-        host.run("sleep 60", timeout_s=0.5)
-    assert time.monotonic() - begun < 10
-    assert ours() == []
-    assert host.run("echo well", timeout_s=30).out == b"well\n"
+        host.run("sleep 600", timeout_s=0.5)
+    assert time.monotonic() - begun < 60
+    wait_for(lambda: ours() == [])
+    assert host.run("echo well", timeout_s=300).out == b"well\n"
 
 
 def test_ctrl_c_leaves_no_process(host: Host, ours: Callable[[], list[int]]) -> None:
-    nap = f"sleep 60.{os.getpid()}"
+    nap = f"sleep 600.{secrets.randbelow(10**9)}"  # no other test's, which may go on behind ssh
     child = subprocess.Popen([sys.executable, "-c", _RUN, repr(host.ssh), f"exec {nap}"], stderr=subprocess.PIPE)
     wait_for(lambda: nap in host.run("ps ax -o args").out.decode().splitlines())  # the child's own line has more
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=60)
     assert b"KeyboardInterrupt" in said
-    assert ours() == []
+    wait_for(lambda: ours() == [])
 
 
 _RUN = "import sys; from launcher.remote import Host; Host(eval(sys.argv[1])).run(*sys.argv[2:])"
@@ -202,7 +203,7 @@ def attach(
     host: Host, tty: str, script: str, *arguments: str, given: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-W", "error", "-c", _ATTACH, repr(host.ssh), tty, script, *arguments]
-    return subprocess.run(command, input=given, capture_output=True, timeout=30, check=False)
+    return subprocess.run(command, input=given, capture_output=True, timeout=300, check=False)
 
 
 def test_attached_it_has_our_own_streams(host: Host) -> None:
@@ -249,10 +250,11 @@ def test_path_of_a_login_shell(ssh_server: Sshd, ssh_host: Host) -> None:
 
 @needs_sshd
 def test_neither_script_nor_arguments_show_in_a_list_of_processes(csh_host: Host) -> None:
-    listed = csh_host.run("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; : $1", "confidential-argument").out
+    word, argument = secrets.token_hex(8), secrets.token_hex(8)
+    listed = csh_host.run(f"cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; : {word} $1", argument).out
     assert b"head -c" in listed
-    assert b"confidential" not in listed
-    assert b"cmdline" not in listed.replace(b"/cmdline", b"")
+    assert word.encode() not in listed
+    assert argument.encode() not in listed
 
 
 ENDINGS = {
@@ -305,7 +307,7 @@ def test_one_connection_serves_many_calls(ssh_server: Sshd, fresh: Host) -> None
     begun = time.monotonic()
     for _ in range(5):
         fresh.run("true")
-    assert time.monotonic() - begun < 20, "the connection that stays open holds our streams"
+    assert time.monotonic() - begun < 300, "the connection that stays open holds our streams"
     assert fresh.is_open()
     assert connections(ssh_server) == before + 1
     fresh.logout()
@@ -354,7 +356,7 @@ def test_a_connection_that_breaks_is_no_success(ssh_server: Sshd, fresh: Host, t
         wait_for((tmp_path / "go on.begun").exists)
         ssh_server.cut()
         with pytest.raises(UnreachableError, match="cluster: the connection broke while a script ran"):
-            call.result(20)
+            call.result(60)
     go_on.unlink()
     assert fresh.run("echo again").out == b"again\n"
 
@@ -468,12 +470,12 @@ def test_hosts_that_cannot_be_reached(
             UnreachableError, match="behind: the way through its jump host failed: try `ssh behind true`"
         ):
             Host("behind").run("true")
+        with pytest.raises(AuthError, match="the login failed"):
+            Host("closed").login()
     with pytest.raises(UnreachableError, match=r"no-such-host\.invalid: no host of this name"):
         Host("no-such-host.invalid").run("true")
     with pytest.raises(UnreachableError, match=r"silent: no answer within 0\.5 s"):
         Host("silent").run("true", timeout_s=0.5)
-    with pytest.raises(AuthError, match="the login failed"):
-        Host("closed").login()
 
 
 TEXTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,10 @@ def test_without_accounting(slurm_without_accounting: SlurmCluster) -> None:
 @pytest.mark.needs("slurm")
 def test_a_node_that_is_down_counts_for_nothing(slurm: SlurmCluster) -> None:
     slurm.drain("node1")
+    deadline = time.monotonic() + 300  # after a restart of the controller, sinfo may be late
+    while sorted(slurm.run("sinfo", "-h", "-p", "main", "-o", "%T").split()) != ["drained", "idle"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     main = probe(HERE).partitions[0]
     assert main.gpus == {"l40s": 1}
     assert {nodes.state: nodes.usable for nodes in main.nodes} == {"drained": False, "idle": True}

@@ -228,7 +228,7 @@ def test_a_setup_that_was_killed_is_started_anew_and_a_live_one_is_waited_for(
         f"""\
         if [ "$1" = pip ] && [ ! -e '{go}' ]; then
             touch '{started}'
-            sleep 60
+            sleep 600
         fi
         exec '{uv}' "$@"
         """,
@@ -253,7 +253,7 @@ def test_a_setup_that_was_killed_is_started_anew_and_a_live_one_is_waited_for(
             time.sleep(0.02)
         for pid in below:
             kill(pid)
-        done = second.result(timeout=60)
+        done = second.result(timeout=300)
     assert any("made" in line for line in done.done)
     subprocess.run([str(done.python), "-c", "import six"], check=True)
 
@@ -501,16 +501,17 @@ def tls_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     with log.open("wb") as out:
         server = subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"], stdout=out, stderr=out)
     try:
-        while not (found := re.search(r"listening on (127\.0\.0\.1:\d+)", log.read_text())):
+        while not (found := re.search(r"listening on (127\.0\.0\.1:\d+)\D", log.read_text())):
             assert server.poll() is None, log.read_text()
             time.sleep(0.02)
         yield found[1]
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 @pytest.mark.needs("podman", "docker-registry", "charliecloud")
+@pytest.mark.usefixtures("images_alone")
 def test_charliecloud_pulls_an_image_into_a_folder(
     root: str, tmp_path: Path, tls_registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def run_image(image: str, arguments: Sequence[str] = (), *, options: Sequence[st
     whole = ["podman", "run", "--name", name, "--network=none", *map(str, options), image, *arguments]
     try:
         done = subprocess.run(
-            whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+            whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False
         )
         changed = [line.split(" ", 1)[1] for line in podman("diff", name).splitlines()]
     finally:
@@ -203,7 +203,7 @@ def here(digits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     channels = tuple(Channel(name, path.as_uri(), "path") for name, path in digits.items())
     (folder / "job.json").write_bytes(dataclasses.replace(job, channels=channels).to_bytes())
     environ = {**os.environ, "CVLAUNCH_JOB": str(folder / "job.json"), "CVLAUNCH_ROOT": str(folder / "tiny-1")}
-    done = subprocess.run(RUNNER, env=environ, cwd="/", capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(RUNNER, env=environ, cwd="/", capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return metrics(Layout(folder / "tiny-1"))
 

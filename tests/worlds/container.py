@@ -16,7 +16,7 @@ from tests.worlds.supervised import supervise_again
 
 class ContainerWorld:
     backend = "container"
-    patience = 90.0
+    patience = 240.0
 
     def __init__(self, folder: Path, image: str) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs of this machine, through NVML: how many this user may take, and which ones a run gets.
+"""NVIDIA GPUs of this machine, through NVML: how many this user may take, and which ones a run gets; old models.
 
 A GPU goes by its UUID, because CUDA's numbers (the fastest card first) and NVML's (the order of the PCI bus) differ.
 A number that the user wrote in CUDA_VISIBLE_DEVICES is passed on as it stands: CUDA counts for the run as for them.
@@ -15,10 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Gpu", "Nvml", "choose", "count", "reserved", "usable"]
+__all__ = ["OLD_WORDS", "Gpu", "Nvml", "choose", "count", "is_old", "reserved", "usable"]
 
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-.+")
 """What CUDA takes as the name of a device; the first other word, such as -1, ends its list."""
+
+_OLD = {
+    "K20", "K40", "K80", "M4", "M10", "M40", "M60", "GP100", "P100", "P4", "P40", "P6", "GTX1080", "GTX1080TI",
+    "TITANXP", "GV100", "TITANV", "V100", "V100S",
+}  # fmt: skip
+"""Models of Kepler, Maxwell, Pascal and Volta, below compute capability 7.5, with which CUDA 13 begins.
+
+https://docs.nvidia.com/cuda/cuda-toolkit-release-notes and https://developer.nvidia.com/cuda-legacy-gpus
+"""
+
+OLD_WORDS = (
+    "too old for the trainer image's torch (CUDA 13), which has no code for it: name a newer GPU, or in `image` an "
+    "image of your own whose torch has (built with CUDA 12.6)"
+)
+"""For messages, after a model that `is_old`."""
 
 
 class Nvml(Protocol):
@@ -40,6 +55,11 @@ class Gpu:
     device: str
     uuid: str
     free: int = 0
+
+
+def is_old(model: str) -> bool:
+    """Whether the torch of the trainer image can't use it. model: `V100-32GB`, or a longer name such as a label's."""
+    return not _OLD.isdisjoint((re.sub(r"[ _-]", "", model).upper(), *re.split(r"[ _-]", model.upper())))
 
 
 def count() -> int:

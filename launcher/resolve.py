@@ -19,6 +19,7 @@ from launcher.contract import WEIGHTS_CHANNEL, Channel, Code
 from launcher.dataset import check_channel
 from launcher.digest import job_digest
 from launcher.errors import SpecError, UnsupportedError, nearest
+from launcher.gpus import OLD_WORDS, is_old
 from launcher.image import NAME as TRAINER
 from launcher.image import Wanted, pin
 from launcher.ledger import Ledger
@@ -79,7 +80,7 @@ def resolve(
         disk=_disk(spec, channels),
         storage=selected.target.storage.options.portable().to_mapping(),
         unpinned=(*resolver.unpinned(channels), *_unpinned(spec, image, code)),
-        warnings=(*_ignored(spec, backend), *shm_warnings, *resolver.warnings),
+        warnings=(*_ignored(spec, backend), *_old_gpus(spec, backend), *shm_warnings, *resolver.warnings),
         version=__version__,
     )
 
@@ -134,6 +135,12 @@ def _ignored(spec: JobSpec, backend: Backend) -> Iterator[str]:
     for key, reason in backend.ignored.items():
         if _is_written(spec, key):
             yield f"{key} has no effect on the {backend.name} backend: {reason}"
+
+
+def _old_gpus(spec: JobSpec, backend: Backend) -> Iterator[str]:
+    """Acceptable ones that would end a training. What is built from a folder brings a torch of its own."""
+    if spec.train and backend.rules.container and not spec.build and "resources.gpu" not in backend.ignored:
+        yield from (f"resources.gpu: {model} is {OLD_WORDS}" for model in spec.resources.gpu if is_old(model))
 
 
 def _is_written(spec: JobSpec, key: str) -> bool:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from launcher.backends.base import Job, Remarks, asked_of_foreign
 from launcher.errors import SpecError, UnsupportedError, nearest
+from launcher.gpus import OLD_WORDS, is_old
 from launcher.quantities import format_duration
 from launcher.rules import RULES
 from launcher.sagemaker.adoption import run_folder
@@ -191,6 +192,7 @@ def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]
         elif known and known.gpus < resources.gpus:
             yield f"{name} has {known.gpus} GPUs, fewer than resources.gpus: {resources.gpus}"
     yield from _doubtful_places(job, target)
+    yield from _old_types(job, names)
     if (resources.timeout or 0) > LONGEST_RUN_S:
         yield f"resources.timeout: SageMaker ends every job after {format_duration(LONGEST_RUN_S)}"
     if resources.grace > _GRACE_S:
@@ -199,6 +201,15 @@ def _warnings(job: Job, request: Json, target: SageMakerTarget) -> Iterator[str]
         yield "resources.max_wait has no effect: jobs without GPUs don't wait for room, they fail"
     if resources.spot and len(resources.gpu) > 1:
         yield f"resources.gpu: spot jobs name one instance type, here {names[0]}"
+
+
+def _old_types(job: Job, names: Iterable[str]) -> Iterator[str]:
+    """Those that `instance_types` or an overlay names; what resources.gpu names is warned of on all platforms."""
+    if job.train is None or job.spec.build or any(map(is_old, job.spec.resources.gpu)):
+        return
+    for known in filter(None, map(instance_type, names)):
+        if is_old(known.gpu):
+            yield f"instance_types: the {known.gpu} of {known.name} is {OLD_WORDS}"
 
 
 def _doubtful_places(job: Job, target: SageMakerTarget) -> Iterator[str]:

@@ -304,6 +304,16 @@ RULES: list[tuple[str, list[tuple[str, Any]], list[tuple[str, Any]], str, str]] 
         "volume_kms_key",
         "ml.g5.xlarge",
     ),
+    *(
+        (
+            f"a volume's key is no alias, {key}",
+            [("ResourceConfig.VolumeKmsKeyId", "arn:aws:kms:eu-west-1:123456789012:key/alias")],
+            [("ResourceConfig.VolumeKmsKeyId", key)],
+            "volume_kms_key",
+            "describe-key",
+        )
+        for key in ("alias/volumes", "arn:aws:kms:eu-west-1:123456789012:alias/volumes")
+    ),
     (
         "only a local disk has a size of its own",
         [("ResourceConfig.VolumeSizeInGB", None), ("ResourceConfig.InstanceType", "ml.g5.xlarge")],

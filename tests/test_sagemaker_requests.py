@@ -518,6 +518,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"volume_kms_key": "k"},
         r"targets.yaml:\d+: targets.aws.volume_kms_key: .*can't be asked for with ml\.g",
     ),
+    "volume key by its alias": (
+        {},
+        {"volume_kms_key": "alias/volumes"},
+        r"targets.yaml:\d+: targets.aws.volume_kms_key: .* is the alias 'alias/volumes', and SageMaker takes a key's id "
+        r"or ARN there; `aws kms describe-key --key-id alias/volumes` shows the ARN",
+    ),
     "six types": ({}, {"instance_types": [f"ml.g{n}.xlarge" for n in range(6)]}, r"targets.yaml:\d+: .*instance_types"),
     "twice": (
         {},
@@ -566,6 +572,14 @@ def test_what_may_be_a_mistake_is_said_and_sent(case: str, tmp_path: Path) -> No
     job, target, said = WARNED[case]
     plan = front(tmp_path, job, target)
     assert [warning for warning in plan.warnings if said in warning], plan.warnings
+
+
+def test_one_type_with_gpus_is_enough_to_wait(tmp_path: Path) -> None:
+    """botocore: it takes effect when the list includes at least one accelerated computing instance type."""
+    waits = {"resources": {"gpus": 1, "max_wait": "1h"}}
+    plan = front(tmp_path, waits, {"instance_types": ["ml.g5.xlarge", "ml.m5.xlarge"]})
+    assert json.loads(plan.text)["StoppingCondition"]["MaxPendingTimeInSeconds"] == 3600
+    assert not [warning for warning in plan.warnings if "max_wait" in warning]
 
 
 def test_the_longest_timeout_is_sagemaker_s_own_limit(tmp_path: Path) -> None:

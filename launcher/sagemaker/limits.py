@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -322,6 +323,13 @@ def _selected(request: Mapping[str, Any]) -> Iterator[SpecError]:
 
 def _volumes(request: Mapping[str, Any]) -> Iterator[SpecError]:
     resources = request.get("ResourceConfig", {})
+    key = resources.get("VolumeKmsKeyId", "")
+    if re.match(r"(arn:[^/]*:)?alias/", key):
+        yield _error(
+            "ResourceConfig.VolumeKmsKeyId",
+            f"is the alias {_short(key)}, and SageMaker takes a key's id or ARN there",
+            f"`aws kms describe-key --key-id {shlex.quote(key)}` shows the ARN",
+        )
     for known in filter(None, map(instance_type, _types(request))):
         if known.nvme and "VolumeKmsKeyId" in resources:
             yield _error(

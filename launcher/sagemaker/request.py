@@ -136,7 +136,7 @@ def request_context(job: Job, run_id: str, job_file: JobFile, *, target: SageMak
         "volume_gb": math.ceil(_disk(job, target) / _GIB),
         "volume_kms_key": target.volume_kms_key,
         "keep_alive_s": math.ceil(target.keep_alive or 0),
-        "stopping": _stopping(job, target, accelerated=all(map(is_accelerated, types))),
+        "stopping": _stopping(job, target, accelerated=any(map(is_accelerated, types))),
         "spot": resources.spot,
         "subnets": target.subnets,
         "security_groups": target.security_groups,

@@ -53,8 +53,8 @@ class SageMakerTarget(BaseTarget):
         False, description="containers reach nothing, S3 neither; the platform moves all files"
     )
     encrypt_traffic: bool = Field(False, description="between the instances of a job")
-    kms_key: str | None = Field(None, description="encrypts what SageMaker writes to S3")
-    volume_kms_key: str | None = Field(None, description="encrypts the volume of each instance")
+    kms_key: str | None = Field(None, description="encrypts what SageMaker writes to S3: a key's ARN, id or alias")
+    volume_kms_key: str | None = Field(None, description="encrypts the volume of each instance: a key's ARN or id")
     image_access: Literal["Platform", "Vpc"] = Field(
         "Platform", description="Vpc: images come from a registry in your VPC instead of ECR"
     )

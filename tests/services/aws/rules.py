@@ -18,7 +18,6 @@ _DAY = 24 * 3600
 _LOCAL_DISK = re.compile(
     r"ml\.(p3dn|p4d|p4de|p5|p5e|p5en|p6-b200|p6-b300|p6e-gb200|g4dn|g5|g6|g6e|g7|g7e|trn1|trn1n|trn2|r5d)\."
 )
-_ACCELERATED = re.compile(r"ml\.(p|g|trn|inf)\d")
 _ASSUME = (
     "Could not assume role {}. Please ensure that the role exists and allows principal 'sagemaker.amazonaws.com' to "
     "assume the role."
@@ -77,6 +76,8 @@ def _instances(body: Json) -> Iterator[str]:
 def _volumes(body: Json) -> Iterator[str]:
     config, types = body["ResourceConfig"], [wanted.type for wanted in instances_of(body)]
     local = [name for name in types if _LOCAL_DISK.match(name)]
+    if "alias/" in config.get("VolumeKmsKeyId", ""):
+        yield f"Invalid VolumeKmsKeyId {config['VolumeKmsKeyId']}: it must be a key ID or the ARN of a key"
     if config.get("VolumeKmsKeyId") and local:
         yield f"VolumeKmsKeyId is not supported for instance type {local[0]}, which has local instance storage"
     if not config.get("VolumeSizeInGB") and len(local) < len(types):
@@ -94,8 +95,6 @@ def _times(body: Json) -> Iterator[str]:
         yield "MaxWaitTimeInSeconds can only be specified if EnableManagedSpotTraining is set to true"
     if wait is not None and wait < runtime:
         yield "Invalid MaxWaitTimeInSeconds. It must be present and be greater than or equal to MaxRuntimeInSeconds"
-    if "MaxPendingTimeInSeconds" in stopping and not any(_ACCELERATED.match(i.type) for i in instances_of(body)):
-        yield "MaxPendingTimeInSeconds is only supported for accelerated computing instance types"
 
 
 def _warm_pool(body: Json) -> Iterator[str]:

@@ -122,6 +122,7 @@ def test_every_pod_passes_the_restricted_standard(case: str) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["securityContext"].get("runAsUser") != 0
+    assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch", "or each start walks through all claims"
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
@@ -132,7 +133,7 @@ def test_every_pod_passes_the_restricted_standard(case: str) -> None:
 def test_openshift_chooses_user_and_group() -> None:
     """A user id or a group of one's own is what restricted-v2 refuses."""
     pod = parts(manifest("command", backend_for("openshift", {})))[0]["spec"]["template"]["spec"]
-    assert pod["securityContext"].keys() == {"runAsNonRoot", "seccompProfile"}
+    assert pod["securityContext"].keys() == {"runAsNonRoot", "seccompProfile", "fsGroupChangePolicy"}
 
 
 def test_images_come_by_the_name_that_nodes_know() -> None:

@@ -153,6 +153,33 @@ GOING_ON = {
 }
 
 
+def beside(found: Object, name: str, state: Mapping[str, Any]) -> Object:
+    """A pod with a sidecar, which the kubelet lists before ours."""
+    found["status"]["containerStatuses"].insert(0, {"name": name, "state": state})
+    return found
+
+
+KEPT = "its command has ended, and sidecars keep its pod: have istio-proxy not injected"
+CRASHES = {"initContainerStatuses": [{"name": "istio-proxy", "state": waiting("CrashLoopBackOff", "back-off")}]}
+BESIDE: dict[str, tuple[Object, State, str]] = {
+    "it runs first": (beside(pod(waiting("ContainerCreating")), "istio-proxy", RUNNING), State.STARTING, ""),
+    "it runs, ours is not listed": (beside(pod(), "istio-proxy", RUNNING), State.STARTING, ""),
+    "it has ended": (beside(pod(RUNNING, phase="Running"), "linkerd-proxy", ended(1)), State.RUNNING, ""),
+    "ours has ended": (beside(ended(0, phase="Running"), "istio-proxy", RUNNING), State.RUNNING, KEPT),
+    "ours ends just now": (ended(0, phase="Running"), State.RUNNING, ""),
+    "one that stays crashes": (pod(RUNNING, phase="Running", startTime=stamp(9000), **CRASHES), State.RUNNING, ""),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_sidecar_is_not_the_run(name: str) -> None:
+    found, state, reason = BESIDE[name]
+    seen = Seen(job(active=1, notes={MAX_WAIT: "1"} if state is State.RUNNING else {}), [found])
+    status = status_of(seen, now=NOW)
+    assert (status.state, status.reason) == (state, reason)
+    assert stuck(seen, now=NOW, patience_s=60) == ""
+
+
 @pytest.mark.parametrize("name", GOING_ON)
 def test_under_way(name: str) -> None:
     found, pods, state, native, reason = GOING_ON[name]

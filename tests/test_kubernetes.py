@@ -1072,3 +1072,46 @@ def test_a_token_that_nobody_renews(site: Site) -> None:
         with pytest.raises(AuthError, match=r"target there could not be asked: context test .*: log in again, or ren"):
             ask()
     assert run.record.state is State.QUEUED
+
+
+# -- sidecars ---------------------------------------------------------------------------------------------------------
+
+PROXY = "registry.example.com/proxy:1"
+SPEAKS = "echo 'the proxy listens'; trap 'exit 0' TERM; sleep infinity & wait"
+UNTIL_TOLD = """
+import pathlib, time
+print("goes on", flush=True)
+while not pathlib.Path("/tmp/end").exists():
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def meshed(live: Site, base_image: str) -> Site:
+    """A mesh's sidecar comes before each pod's own container, and its name before the container's."""
+    live.cluster.serve_image(PROXY, image=base_image)
+    live.cluster.inject("istio-proxy", image=PROXY, command=["bash", "-c", SPEAKS])
+    return live
+
+
+def test_a_run_beside_a_sidecar(meshed: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Status, logs and commands are those of the run's own container."""
+    run = meshed.run(UNTIL_TOLD)
+    until(lambda: "goes on" in text_of(run))
+    (pod,) = meshed.pods(run)
+    assert [one["name"] for one in pod["spec"]["containers"]] == ["istio-proxy", "train"]
+    assert "the proxy listens" not in text_of(run)
+    script = "import os, pathlib; print(os.environ['CVLAUNCH_RUN_ID']); pathlib.Path('/tmp/end').touch()"
+    assert run.exec(["/opt/venv/bin/python", "-c", script], tty=False) == 0
+    assert capfd.readouterr().out.strip() == run.id
+    status = until_status(run, lambda found: bool(found.reason))
+    assert status.state is State.RUNNING
+    assert status.reason == "its command has ended, and sidecars keep its pod: have istio-proxy not injected"
+    assert run.cancel().state in (State.STOPPING, State.CANCELLED)
+    assert end_of(run).state is State.CANCELLED
+
+
+def test_a_label_keeps_the_sidecar_out(meshed: Site) -> None:
+    run = meshed.run("print('alone')", {"labels": {"sidecar.istio.io/inject": "false"}})
+    assert end_of(run).state is State.SUCCEEDED
+    assert "alone" in text_of(run)

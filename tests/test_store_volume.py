@@ -24,8 +24,9 @@ import pytest
 from launcher.errors import AuthError, CapacityError, IntegrityError, SpecError, UnreachableError
 from launcher.kube import serve
 from launcher.kube.client import Access, Cluster
-from launcher.kube.helper import HELPER
+from launcher.kube.helper import HelperSpec
 from launcher.kube.volume import FolderClient, VolumeStore, open_volume, split_uri
+from launcher.kube.words import HELPER
 from launcher.stores import open_store
 from tests.distant_stores import *  # noqa: F403 what is promised of both kinds
 from tests.services.kube import KubeCluster
@@ -541,10 +542,12 @@ class Claimed:
         return sum((request.method, request.path) == ("POST", path) for request in self.kube.requests)
 
     @contextlib.contextmanager
-    def store(self, claim: str = "data", path: str = "runs", **options: Any) -> Iterator[VolumeStore]:
+    def store(
+        self, claim: str = "data", path: str = "runs", *, wait_s: float = 180.0, **options: Any
+    ) -> Iterator[VolumeStore]:
         known: dict[str, Any] = {"image": lambda: PULLED, "run_as_user": 12345, "fs_group": 12345, **options}
         cluster = Cluster(Access(namespace=self.namespace))
-        store = open_volume(cluster, claim, path, **known)
+        store = open_volume(cluster, HelperSpec(claim, **known), path, wait_s=wait_s)
         with contextlib.closing(cluster), contextlib.closing(store.client):
             yield store
 
@@ -588,12 +591,30 @@ def test_a_pod_that_openshift_takes(kube: KubeCluster, trainer_image: str) -> No
     assert not {"runAsUser", "runAsGroup", "fsGroup"} & body["spec"]["template"]["spec"]["securityContext"].keys()
 
 
+@in_pods
+@pytest.mark.parametrize("openshift", [True, False])
+def test_a_start_leaves_the_files_of_a_claim_alone(kube: KubeCluster, trainer_image: str, openshift: bool) -> None:
+    """Whose root is the group's already: with millions of files a change of each takes hours."""
+    kube.serve_image(PULLED, image=trainer_image)
+    claimed = Claimed(kube, kube.namespace(openshift=openshift, pod_security="restricted"))
+    claimed.claim("data")
+    folder, group = kube.volume_folder(claimed.namespace, "data"), 1000650000 if openshift else 12345
+    (folder / "old").write_bytes(b"1")
+    os.chown(folder, 0, group)
+    folder.chmod(0o2775)
+    keys = {"run_as_user": None, "fs_group": None} if openshift else {}
+    with claimed.store(path="", **keys) as store:
+        assert store.read("old") == b"1"
+    assert (folder / "old").stat().st_gid == 0
+
+
 SECOND = """
 import sys
 from launcher.kube.client import Access, Cluster
+from launcher.kube.helper import HelperSpec
 from launcher.kube.volume import open_volume
-store = open_volume(Cluster(Access(namespace=sys.argv[1])), "data", "", image=lambda: sys.argv[2],
-                    run_as_user=12345, fs_group=12345)
+spec = HelperSpec("data", image=lambda: sys.argv[2], run_as_user=12345, fs_group=12345)
+store = open_volume(Cluster(Access(namespace=sys.argv[1])), spec, "")
 store.write("second", b"2")
 print(store.read("first") if store.head("first") else "")
 store.client.close()
@@ -710,3 +731,112 @@ def test_what_the_user_may_not(claimed: Claimed) -> None:
         with claimed.store(wait_s=1) as store, pytest.raises(AuthError, match=resource):
             store.read("a")
         claimed.kube.allow()
+
+
+SIDECAR = ["bash", "-c", "trap 'exit 0' TERM; sleep infinity & wait"]
+
+
+@pytest.fixture
+def meshed(with_image: Claimed, base_image: str) -> Claimed:
+    """A sidecar comes before each pod's own container, and its name before the container's."""
+    with_image.kube.serve_image("registry.example.com/proxy:1", image=base_image)
+    with_image.kube.inject("istio-proxy", image="registry.example.com/proxy:1", command=SIDECAR)
+    return with_image
+
+
+@in_pods
+def test_a_sidecar_is_not_taken_for_the_pod(meshed: Claimed) -> None:
+    """It serves while the sidecar is the first that runs, and is made again when its container has ended."""
+    with meshed.store(idle_s=2) as store:
+        store.write("a", b"1")
+        (pod,) = meshed.pods()
+        assert [one["name"] for one in pod["spec"]["containers"]] == ["istio-proxy", "volume"]
+        meshed.kube.wait(lambda: "terminated" in meshed.pods()[0]["status"]["containerStatuses"][1]["state"])
+        assert meshed.pods()[0]["status"]["phase"] == "Running"
+        assert store.read("a") == b"1"
+    assert meshed.asked_for == 2
+
+
+@in_pods
+def test_a_pod_with_a_sidecar_that_can_t_serve_says_why(meshed: Claimed, base_image: str) -> None:
+    meshed.kube.serve_image("registry.example.com/debian:1", image=base_image)
+    words = r"did not start: .*python3.*: take an image with Python 3.8"
+    image = {"image": lambda: "registry.example.com/debian:1"}
+    with meshed.store(**image) as store, pytest.raises(SpecError, match=words):
+        store.read("a")
+    assert meshed.asked_for == 1
+
+
+@in_pods
+def test_it_is_made_as_the_target_s_pods_are(meshed: Claimed) -> None:
+    """A label keeps the sidecar out, as it does for runs."""
+    account = {"metadata": {"name": "trainer"}}
+    meshed.kube.create("ServiceAccount", meshed.namespace, account)
+    target = {
+        "labels": {"sidecar.istio.io/inject": "false", "team": "vision"},
+        "annotations": {"linkerd.io/inject": "disabled"},
+        "node_selector": {"kubernetes.io/hostname": "plain"},
+        "service_account": "trainer",
+        "priority_class": "high",
+    }
+    with meshed.store(**target) as store:
+        store.check_writable()
+    (pod,) = meshed.pods()
+    assert [one["name"] for one in pod["spec"]["containers"]] == ["volume"]
+    assert pod["metadata"]["labels"]["team"] == "vision"
+    assert pod["metadata"]["annotations"]["linkerd.io/inject"] == "disabled"
+    spec = pod["spec"]
+    assert (spec["nodeName"], spec["serviceAccountName"], spec["priorityClassName"]) == ("plain", "trainer", "high")
+    assert spec["automountServiceAccountToken"] is False
+
+
+# -- Kueue ------------------------------------------------------------------------------------------------------------
+
+
+def local_queue(place: Claimed, name: str) -> None:
+    place.kube.create("LocalQueue", place.namespace, {"metadata": {"name": name}, "spec": {"clusterQueue": "all"}})
+
+
+def test_a_queue_that_does_not_let_it_in(claimed: Claimed) -> None:
+    """Kueue gives Jobs without a queue to the LocalQueue `default`; that is said long before the pod is given up."""
+    local_queue(claimed, "default")
+    words = (
+        r"did not start: within 15s: it waits in queue default: couldn't assign flavors .* insufficient unused quota "
+        r".*: wait, or ask for a queue with room for 100m of CPU and 128Mi$"
+    )
+    begun = time.monotonic()
+    with claimed.store() as store, pytest.raises(CapacityError, match=words):
+        store.read("a")
+    assert time.monotonic() - begun < 90
+    assert claimed.kube.objects("jobs", claimed.namespace) == []
+
+
+def test_a_kueue_that_takes_all_jobs(claimed: Claimed) -> None:
+    claimed.kube.manage_all_jobs()
+    words = r"Kueue holds it back, as it is in no queue: name a LocalQueue in the target's `queue`"
+    with claimed.store(wait_s=3) as store, pytest.raises(CapacityError, match=words):
+        store.read("a")
+
+
+@in_pods
+def test_it_waits_in_no_queue_where_kueue_lets_it(with_image: Claimed) -> None:
+    """Behind runs that wait for GPUs it would wait for hours."""
+    local_queue(with_image, "vision")
+    with with_image.store(queue="vision") as store:
+        store.check_writable()
+
+
+@in_pods
+def test_a_kueue_that_takes_all_jobs_gets_the_target_s_queue(with_image: Claimed) -> None:
+    local_queue(with_image, "vision")
+    with_image.kube.manage_all_jobs()
+    with ThreadPoolExecutor() as pool, with_image.store(queue="vision") as store:
+        written = pool.submit(store.check_writable)
+        (job,) = with_image.kube.wait(lambda: with_image.kube.objects("jobs", with_image.namespace))
+        with_image.kube.wait_for("job", with_image.namespace, job["metadata"]["name"], in_vision)
+        with_image.kube.admit(with_image.namespace, job["metadata"]["name"])
+        written.result(180)
+
+
+def in_vision(job: dict[str, Any]) -> bool:
+    return bool(job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == "vision")

@@ -40,8 +40,10 @@ from launcher.errors import AuthError, CapacityError, ConflictError, CvlaunchErr
 from launcher.kube import words
 from launcher.kube.client import Cluster, Json
 from launcher.kube.gpus import is_gpu, node_requirement
+from launcher.kube.helper import HelperSpec
 from launcher.kube.logs import run_logs
 from launcher.kube.manifest import manifest_context, places, stored_secrets
+from launcher.kube.queues import queue_words
 from launcher.kube.target import KubernetesTarget, OpenShiftTarget
 from launcher.kube.volume import open_volume, split_uri
 from launcher.kube.words import CONTAINER, Seen
@@ -216,11 +218,13 @@ class KubernetesBackend:
 
     def _check_found_again(self, job: Json, run_id: str) -> None:
         """SpecError where an overlay or `labels` took away what a run is found by."""
-        ids = (words.labels_of(obj).get(words.RUN_ID) for obj in (job, job["spec"]["template"]))
-        if {job["metadata"]["name"], *ids} != {run_id} or not words.is_ours(job) or not _inline_job(job):
+        template = job["spec"]["template"]
+        ids = (words.labels_of(obj).get(words.RUN_ID) for obj in (job, template))
+        kept = {job["metadata"]["name"], *ids} == {run_id} and words.is_ours(job)
+        if not (kept and _inline_job(job) and words.main_of(template)):
             raise SpecError(
                 "a run is found by its name, by the labels app.kubernetes.io/managed-by and cvlaunch/run-id of Job and "
-                f"pods, and by their annotation {words.JOB_JSON}: leave them as they are",
+                f"pods, and by their annotation {words.JOB_JSON} and container {CONTAINER}: leave them as they are",
                 key="labels" if self.target.overlay is None else "overlay",
             )
 
@@ -372,7 +376,7 @@ class KubernetesBackend:
         warnings = self._warnings() if few and (slow or not pods.keys() >= {*waiting}) else []
         refused, held = _refusals(warnings), _held(warnings, slow, now)
         queued = [job for job in there.values() if job["spec"].get("suspend") and not words.is_over(job)]
-        queue = self._queue_words() if few and queued else {}
+        queue = queue_words(self._cluster) if few and queued else {}
         return {
             run_id: Seen(
                 job,
@@ -412,18 +416,6 @@ class KubernetesBackend:
         except AuthError:
             return []
         return sorted(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
-
-    def _queue_words(self) -> dict[str, str]:
-        """By the Job's uid: why Kueue lets it wait."""
-        try:
-            workloads = list(self._cluster.list(self._cluster.path("workloads")))
-        except (AuthError, SpecError):  # not ours to see, or no Kueue
-            return {}
-        return {
-            owner["uid"]: _kueue_reason(workload)
-            for workload in workloads
-            for owner in workload["metadata"].get("ownerReferences") or ()
-        }
 
     def logs(self, handle: Handle, *, follow: bool = False, since: str = "") -> Iterator[LogLine]:
         """From its pods; from the output store what they have no more."""
@@ -481,30 +473,35 @@ class KubernetesBackend:
             return None
         claim, path = split_uri(uri)
         target = self.target
-        return open_volume(
-            self._cluster,
+        spec = HelperSpec(
             claim,
-            path,
             image=lambda: self._helper_image(path),
             run_as_user=target.run_as_user,
             fs_group=target.fs_group,
+            service_account=target.service_account,
+            priority_class=target.priority_class,
             pull_secrets=target.image_pull_secrets,
             tolerations=target.tolerations,
-            in_place=True,
+            node_selector={} if target.scales_up else target.node_selector,  # no node has to come for it
+            labels=target.labels,
+            annotations=target.annotations,
+            queue=target.queue,
         )
+        return open_volume(self._cluster, spec, path, in_place=True)
 
     def _helper_image(self, path: str) -> str:
         """The nodes have the run's own already."""
         if self.target.helper_image is not None:
             return self.target.helper_image
         job = self._job(path.rpartition("/")[2])
-        if job is None:
+        container = words.main_of(job["spec"]["template"]) if job else {}
+        if not container:
             raise SpecError(
                 f"target {self.target_name!r} doesn't say which image can read its volumes; add helper_image: an image "
                 "with Python 3",
                 key="helper_image",
             )
-        return str(job["spec"]["template"]["spec"]["containers"][0]["image"])
+        return str(container["image"])
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -631,14 +628,6 @@ def _resources(node: Json) -> Mapping[str, str]:
 
 def _allocatable(node: Json, resource: str) -> int:
     return int(_resources(node).get(resource, 0))
-
-
-def _kueue_reason(workload: Json) -> str:
-    """The condition that says why it is not admitted."""
-    found = (workload.get("status") or {}).get("conditions") or ()
-    waiting = next((c for c in found if c["type"] in ("QuotaReserved", "Admitted") and c["status"] == "False"), None)
-    queue = workload["spec"].get("queueName", "")
-    return f"it waits in queue {queue}" + (f": {waiting['message']}" if waiting and waiting.get("message") else "")
 
 
 def _check_foreign(job: Job) -> Iterator[Problem]:

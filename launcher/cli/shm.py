@@ -158,8 +158,8 @@ def check(*, size: int | None, way: _Way, out: Out) -> int:
     That is less than asked in a container that seems to load data with PyTorch: it has a GPU, it is a workbench, or its
     image or command says so. Exits with 1 if there is one.
     """
-    from launcher.kube.helper import HELPER
     from launcher.kube.shmcheck import check_pod
+    from launcher.kube.words import HELPER
 
     with _reached(way) as cluster:
         others = f"!{HELPER}"  # than those that serve a claim to us for a moment

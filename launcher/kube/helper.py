@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,29 @@ from launcher.errors import (
 )
 from launcher.kube import serve
 from launcher.kube.client import Cluster, Json
+from launcher.kube.queues import queue_words
 from launcher.kube.serve import HELLO
 from launcher.kube.sockets import forward
-from launcher.kube.words import MANAGED, Seen, condition, is_over, labels_of, main_container, status_of
+from launcher.kube.words import (
+    HELPER,
+    MANAGED,
+    QUEUE,
+    VOLUME,
+    Seen,
+    condition,
+    end_of,
+    is_over,
+    labels_of,
+    main_container,
+    main_of,
+    status_of,
+)
 from launcher.quantities import format_duration
 from launcher.status import State, Status
 
-__all__ = ["HELPER", "Helper", "HelperSpec", "helper_job", "helper_name"]
-
-HELPER = "cvlaunch/helper"
-"""Label of what we make for ourselves; a run's objects don't have it."""
+__all__ = ["Helper", "HelperSpec", "helper_job", "helper_name"]
 
 _NAME = "cvlaunch/helper-name"
-_CONTAINER = "volume"
 _FOLDER = "/data"
 _LONGEST_S = 3600
 _KEPT_S = 30
@@ -48,9 +58,14 @@ _PORTS = range(20000, 32000)
 """Below those that Linux gives to outgoing connections."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 1.0
 _GREETING_S = 10.0
+_ADMITTED_S = 15.0
+"""Kueue needs a second or so for a Job that it has room for."""
+_CPU, _MEMORY = "100m", "128Mi"
 
 
 _WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
+    ("it waits in queue", CapacityError, f"wait, or ask for a queue with room for {_CPU} of CPU and {_MEMORY}"),
+    ("in no queue|Job is suspended", CapacityError, "name a LocalQueue in the target's `queue`"),
     ("exceeded quota", CapacityError, "wait, or ask for more quota"),
     ("runAsNonRoot", SpecError, "set `run_as_user` of the target, or take an image that names a user"),
     ("forbidden|denied the request", SpecError,
@@ -69,17 +84,24 @@ _FINAL = re.compile("exceeded quota|runAsNonRoot|forbidden|denied the request|In
 
 @dataclass(frozen=True)
 class HelperSpec:
-    """What a helper is made of. image: asked for only when one must be made.
+    """What a helper is made of. image: with Python 3.8 or newer as `python3`; asked for only when one must be made.
 
-    run_as_user, fs_group: None where the cluster chooses them. idle_s: it ends after so long without a request.
+    run_as_user, fs_group: None where the cluster chooses them, as OpenShift does. labels: of Job and pod. queue: of
+    Kueue, where it takes Jobs that ask for none. idle_s: it ends after so long without a request.
     """
 
     claim: str
     image: Callable[[], str]
     run_as_user: int | None = None
     fs_group: int | None = None
+    service_account: str | None = None
+    priority_class: str | None = None
     pull_secrets: Sequence[str] = ()
     tolerations: Sequence[Json] = ()
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    queue: str | None = None
     idle_s: float = 120.0
 
 
@@ -107,16 +129,17 @@ def helper_job(spec: HelperSpec, place: _Place, *, port: int) -> Json:
     """port: on the pod's loopback, and one of many, as pods of a network of hosts share it."""
     name = helper_name(spec)
     managed, _, us = MANAGED.partition("=")
-    ours = {managed: us, HELPER: "volume", _NAME: name}
+    labels = {**spec.labels, managed: us, HELPER: "volume", _NAME: name}
+    metadata = {"labels": labels, "annotations": {**spec.annotations}}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": name, "labels": ours},
+        "metadata": {"name": name, "labels": labels},
         "spec": {
             "backoffLimit": 0,
             "activeDeadlineSeconds": _LONGEST_S,
             "ttlSecondsAfterFinished": _KEPT_S,
-            "template": {"metadata": {"labels": ours}, "spec": _pod(spec, place, port)},
+            "template": {"metadata": metadata, "spec": _pod(spec, place, port)},
         },
     }
 
@@ -136,6 +159,12 @@ def _pod(spec: HelperSpec, place: _Place, port: int) -> Json:
         pod["tolerations"] = tolerations
     if spec.pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in spec.pull_secrets]
+    if spec.service_account:
+        pod["serviceAccountName"] = spec.service_account
+    if spec.priority_class:
+        pod["priorityClassName"] = spec.priority_class
+    if spec.node_selector and not place.node:
+        pod["nodeSelector"] = {**spec.node_selector}
     if place.node:
         fields = [{"key": "metadata.name", "operator": "In", "values": [place.node]}]
         terms = {"nodeSelectorTerms": [{"matchFields": fields}]}
@@ -144,23 +173,27 @@ def _pod(spec: HelperSpec, place: _Place, port: int) -> Json:
 
 
 def _security(spec: HelperSpec) -> Json:
-    context: Json = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    context: Json = {
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
     if spec.run_as_user is not None:
         context |= {"runAsUser": spec.run_as_user, "runAsGroup": 0}
     if spec.fs_group is not None:
-        context |= {"fsGroup": spec.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
+        context["fsGroup"] = spec.fs_group
     return context
 
 
 def _container(spec: HelperSpec, place: _Place, port: int) -> Json:
     idle_s = min(spec.idle_s, _ALONE_IDLE_S) if place.alone else spec.idle_s
     return {
-        "name": _CONTAINER,
+        "name": VOLUME,
         "image": spec.image(),
         "command": ["python3", "-I", "-c", _text(), str(port), _FOLDER, str(idle_s)],
         "ports": [{"name": "files", "containerPort": port}],
         "resources": {
-            "requests": {"cpu": "100m", "memory": "128Mi"},
+            "requests": {"cpu": _CPU, "memory": _MEMORY},
             "limits": {"cpu": "1", "memory": "256Mi"},
         },
         "securityContext": {
@@ -212,11 +245,38 @@ class Helper:
             if found := next(filter(None, map(_serving, pods)), None):
                 return found
             if job:
-                status = status_of(Seen(job, pods, "" if pods else self._refused(job)), now=self._cluster.now)
-            if _is_final(status) or time.monotonic() > end:
-                raise self._failure(status, pods)
+                status = self._status(job, pods, mine)
+            wait_s = self._patience_s(job)
+            if _is_final(status) or time.monotonic() > end - self._wait_s + wait_s:
+                raise self._failure(status, pods, wait_s)
             self._sleep(pause)
         raise AssertionError("pauses have no end")
+
+    def _status(self, job: Json, pods: Sequence[Json], mine: set[str]) -> Status:
+        """Of a Job that does not serve. One whose container has ended, and whose pod a sidecar keeps, is removed; not
+        one of `mine` that failed."""
+        ended = next(filter(None, map(end_of, pods)), None)
+        if ended and ended.exit_code and job["metadata"]["uid"] in mine:
+            return ended
+        if ended:
+            self._cluster.delete(self._path)
+            return Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
+        if job["spec"].get("suspend"):
+            self._choose_queue(job)
+            return status_of(Seen(job, queue=queue_words(self._cluster).get(job["metadata"]["uid"], "")), now=0.0)
+        return status_of(Seen(job, pods, "" if pods else self._refused(job)), now=self._cluster.now)
+
+    def _choose_queue(self, job: Json) -> None:
+        """For one that Kueue took though it asked for no queue, where none is the default. In a queue from the
+        beginning it would wait behind runs, which most clusters don't ask of it."""
+        if self._spec.queue and not labels_of(job).get(QUEUE):
+            change = {"metadata": {"labels": {QUEUE: self._spec.queue}}}
+            with contextlib.suppress(AuthError):
+                self._cluster.patch(self._path, change, form="merge")
+
+    def _patience_s(self, job: Json | None) -> float:
+        suspended = job is not None and job["spec"].get("suspend")
+        return min(self._wait_s, _ADMITTED_S) if suspended else self._wait_s
 
     def _job(self, mine: set[str]) -> Json | None:
         """One that can serve, made where there is none; None as long as one that ended is there.
@@ -300,12 +360,12 @@ class Helper:
         mine = [one for one in found if one["involvedObject"].get("uid") == uid and one.get("type") in kinds]
         return str(max(mine, key=_when).get("message", "")) if mine else ""
 
-    def _failure(self, status: Status, pods: Sequence[Json]) -> CvlaunchError:
-        """What is said of it; the pod, which would wait on, is removed."""
+    def _failure(self, status: Status, pods: Sequence[Json], wait_s: float) -> CvlaunchError:
+        """What is said of it after so long; the pod, which would wait on, is removed."""
         words = ": ".join(filter(None, (status.reason or f"it stays {status.native}", self._more(status, pods))))
         kind, advice = next((kind, advice) for found, kind, advice in _WAYS_OUT if re.search(found, words))
         if not _is_final(status):
-            words = f"within {format_duration(self._wait_s)}: {words}"
+            words = f"within {format_duration(wait_s)}: {words}"
         with contextlib.suppress(AuthError):
             self._cluster.delete(self._path)
         return kind(f"{self._what}: the pod that serves its files did not start: {words.rstrip('.')}: {advice}")
@@ -360,8 +420,7 @@ def _has_failed(job: Mapping[str, Any]) -> bool:
 def _serving(pod: Mapping[str, Any]) -> tuple[str, int] | None:
     if pod["metadata"].get("deletionTimestamp") or "running" not in (main_container(pod).get("state") or {}):
         return None
-    container = next(one for one in pod["spec"]["containers"] if one["name"] == _CONTAINER)
-    return pod["metadata"]["name"], int(container["ports"][0]["containerPort"])
+    return pod["metadata"]["name"], int(main_of(pod)["ports"][0]["containerPort"])
 
 
 def _uses(pod: Mapping[str, Any], claim: str) -> bool:

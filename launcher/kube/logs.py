@@ -70,7 +70,6 @@ class _Start:
     """One start of a container. last, same: kubelet's latest stamp in µs, and how many lines have it."""
 
     pod: str
-    container: str
     previous: bool = False
     last: int = 0
     same: int = 0
@@ -123,11 +122,10 @@ class _Pods:
         """Of the last two starts of its container; kubelet keeps no more."""
         status = words.main_container(pod)
         state, now = status.get("state") or {}, int(status.get("restartCount") or 0)
-        name, container = pod["metadata"]["name"], status.get("name", words.CONTAINER)
-        has_runner = words.has_runner(pod)
+        name, has_runner = pod["metadata"]["name"], words.has_runner(pod)
         over = pod["status"].get("phase") in ("Failed", "Succeeded")
         for start in range(max(now - 1, 0), now + 1):
-            fresh = Piece(_Start(name, container), words.completion_index(pod), has_runner)
+            fresh = Piece(_Start(name), words.completion_index(pod), has_runner)
             piece = self._pieces.setdefault((pod["metadata"]["uid"], start), fresh)
             piece.of.previous = start < now
             piece.begun = piece.of.previous or over or "running" in state or "terminated" in state
@@ -201,7 +199,7 @@ class _Pods:
         path = self._cluster.path("pods", piece.of.pod, "log")
         if piece.of.previous:
             query["previous"] = "true"
-        asked = {"container": piece.of.container, "timestamps": "true", **query}
+        asked = {"container": words.CONTAINER, "timestamps": "true", **query}
         silence_s = self._silence_s if "follow" in query else _PATIENCE_S
         lines = self._cluster.lines(path, silence_s=silence_s, **asked)
         with _closing(lines), _log_errors():

@@ -91,7 +91,7 @@ def _image(job: Job, target: KubernetesTarget) -> str:
 
 
 def _queue_labels(target: KubernetesTarget) -> dict[str, str]:
-    found = {"kueue.x-k8s.io/queue-name": target.queue, "kueue.x-k8s.io/priority-class": target.queue_priority}
+    found = {words.QUEUE: target.queue, "kueue.x-k8s.io/priority-class": target.queue_priority}
     return {name: value for name, value in found.items() if value}
 
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 
 from launcher.contract import SEGMENTS
 from launcher.errors import IntegrityError, SpecError, UnreachableError
-from launcher.kube.client import Cluster, Json
+from launcher.kube.client import Cluster
 from launcher.kube.helper import Helper, HelperSpec
 from launcher.kube.serve import END
 from launcher.stores.base import Entry
@@ -378,25 +378,16 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 def open_volume(
     cluster: Cluster,
-    claim: str,
+    spec: HelperSpec,
     path: str,
     *,
-    image: Callable[[], str],
-    run_as_user: int | None = None,
-    fs_group: int | None = None,
-    pull_secrets: Sequence[str] = (),
-    tolerations: Sequence[Json] = (),
     in_place: bool = False,
-    idle_s: float = 120.0,
     wait_s: float = 180.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> VolumeStore:
     """The folder `path` of a claim. The first request makes a pod that serves it, or finds the one that others made.
 
-    image: with Python 3.8 or newer as `python3`; asked for only when a pod must be made. run_as_user, fs_group: None
-    where the cluster chooses them, as OpenShift does. idle_s: the pod ends after so long without a request.
     wait_s: how long a pod may take to start, for every request that needs a new one.
     """
-    spec = HelperSpec(claim, image, run_as_user, fs_group, tuple(pull_secrets), tuple(tolerations), idle_s)
     helper = Helper(cluster, spec, wait_s=wait_s, sleep=sleep)
-    return VolumeStore(claim, path, FolderClient(helper.connect, sleep=sleep), in_place)
+    return VolumeStore(spec.claim, path, FolderClient(helper.connect, sleep=sleep), in_place)

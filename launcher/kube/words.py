@@ -20,23 +20,28 @@ from launcher.supervised import ended_state
 __all__ = [
     "CAPACITY",
     "CONTAINER",
+    "HELPER",
     "INDEX",
     "JOB_JSON",
     "MANAGED",
     "MAX_WAIT",
+    "QUEUE",
     "RUN_ID",
     "STOPPED",
     "SUBMISSION",
+    "VOLUME",
     "Seen",
     "annotations_of",
     "completion_index",
     "condition",
+    "end_of",
     "has_runner",
     "held_by",
     "is_ours",
     "is_over",
     "labels_of",
     "main_container",
+    "main_of",
     "needs_pods",
     "seconds",
     "slow_to_set_up",
@@ -44,24 +49,26 @@ __all__ = [
     "stuck",
 ]
 
-CONTAINER = "train"
-"""The one that has the runner."""
+CONTAINER, VOLUME = "train", "volume"
+"""The one that has the runner, and that of a pod which serves a claim. Others in a pod are injected (sidecars)."""
 
 # Labels and annotations.
 MANAGED = "app.kubernetes.io/managed-by=cvlaunch"
 RUN_ID = "cvlaunch/run-id"
+HELPER = "cvlaunch/helper"
+"""On what we make for ourselves; a run's objects don't have it."""
 SUBMISSION = "cvlaunch/submission"
 JOB_JSON = "cvlaunch/job.json"
 STOPPED = "cvlaunch/stopped"
 """On a Job that we ended: `cancelled`, or why it could never start."""
 MAX_WAIT = "cvlaunch/max-wait-s"
 INDEX = "batch.kubernetes.io/job-completion-index"
+QUEUE = "kueue.x-k8s.io/queue-name"
 
 CAPACITY = "capacity"
 """Begins the reason of a run that waited too long for a place."""
 
 _CANCELLED = "cancelled"
-_KUEUE = "kueue.x-k8s.io/queue-name"
 
 _WAITING = {
     "ErrImagePull": "its image can't be pulled",
@@ -124,7 +131,8 @@ class Seen:
 
 
 def labels_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
-    return obj["metadata"].get("labels") or {}
+    """Of a Job's template, too, which need not have metadata."""
+    return (obj.get("metadata") or {}).get("labels") or {}
 
 
 def annotations_of(obj: Mapping[str, Any]) -> Mapping[str, str]:
@@ -155,13 +163,25 @@ def condition(obj: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
 
 def has_runner(pod: Mapping[str, Any]) -> bool:
     """Of a pod or a Job's template of it: a foreign image (`runner: none`) is started by its own entry point."""
-    return bool(pod["spec"]["containers"][0].get("command"))
+    return bool(main_of(pod).get("command"))
+
+
+def main_of(pod: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our container of a pod, or of a Job's template of it; empty if there is none.
+
+    By name: whoever injects a sidecar may put it first.
+    """
+    return _ours(pod, pod["spec"]["containers"])
 
 
 def main_container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Its status; empty before there is one."""
-    found = (pod.get("status") or {}).get("containerStatuses") or ()
-    return next((c for c in found if c["name"] == CONTAINER), found[0] if found else {})
+    """Status of our container, which kubelet lists by name; empty before there is one."""
+    return _ours(pod, (pod.get("status") or {}).get("containerStatuses") or ())
+
+
+def _ours(pod: Mapping[str, Any], containers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    name = VOLUME if HELPER in labels_of(pod) else CONTAINER
+    return next((one for one in containers if one.get("name") == name), {})
 
 
 def is_over(job: Mapping[str, Any]) -> bool:
@@ -194,7 +214,7 @@ def status_of(seen: Seen, *, now: float) -> Status:
 
 
 def _suspended(job: Mapping[str, Any]) -> str:
-    queue = labels_of(job).get(_KUEUE)
+    queue = labels_of(job).get(QUEUE)
     return f"it waits in queue {queue}" if queue else "the Job is suspended; somebody has to resume it"
 
 
@@ -230,6 +250,10 @@ _ORDER = (State.QUEUED, State.STARTING, State.RESTARTING, State.RUNNING)
 """A job of several nodes is as far as its last one."""
 
 
+def _has_begun(pod: Mapping[str, Any]) -> bool:
+    return not {"running", "terminated"}.isdisjoint(main_container(pod).get("state") or {})
+
+
 def _has_ended(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
 
@@ -246,6 +270,8 @@ def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
     state = main_container(pod).get("state") or {}
     if "running" in state:
         return Status(State.RUNNING, "Running", node=node)
+    if "terminated" in state:
+        return Status(State.RUNNING, "Running", reason=_kept_by(pod), node=node)
     word, message = _why_waiting(pod, state)
     lead = _WAITING.get(word)
     reason = _words(lead, message) if lead else held and f"its node can't set it up: {held}"
@@ -253,6 +279,13 @@ def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
         reason = f"for {format_duration(now - since)}"
     native = f"Pending/{word}" if word else str(status.get("phase", "Pending"))
     return Status(State.STARTING if node else State.QUEUED, native, reason=reason, node=node)
+
+
+def _kept_by(pod: Mapping[str, Any]) -> str:
+    """What still runs in a pod whose own container has ended; empty for a pod that ends just now."""
+    found = (pod.get("status") or {}).get("containerStatuses") or ()
+    names = [one["name"] for one in found if "running" in (one.get("state") or {})]
+    return f"its command has ended, and sidecars keep its pod: have {', '.join(names)} not injected" if names else ""
 
 
 def slow_to_set_up(pod: Mapping[str, Any], now: float) -> bool:
@@ -275,7 +308,9 @@ def held_by(event: Mapping[str, Any], pod: Mapping[str, Any], now: float) -> str
 
 
 def _why_waiting(pod: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[str, str]:
-    """The container's word; an init container's before it."""
+    """The container's word, an init container's before it; none once it has begun, whatever a sidecar does."""
+    if "running" in state or "terminated" in state:
+        return "", ""
     found = [c.get("state") or {} for c in (pod.get("status") or {}).get("initContainerStatuses") or ()]
     waiting = next((s["waiting"] for s in found if "waiting" in s), state.get("waiting") or {})
     return waiting.get("reason", ""), waiting.get("message", "")
@@ -295,7 +330,7 @@ def stuck(seen: Seen, *, now: float, patience_s: float) -> str:
         return ""
     created = seconds(job["metadata"].get("creationTimestamp")) or now
     limit = annotations_of(job).get(MAX_WAIT)
-    begun = any("running" in (main_container(pod).get("state") or {}) or _has_ended(pod) for pod in seen.pods)
+    begun = any(_has_begun(pod) or _has_ended(pod) for pod in seen.pods)
     ready = (job.get("status") or {}).get("ready", 0) or (job.get("status") or {}).get("failed", 0)
     if limit and not begun and not ready and now - created > float(limit):
         return f"{CAPACITY}: it did not start within max_wait, {format_duration(float(limit))}"
@@ -340,6 +375,11 @@ def _to_blame(pods: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     failed = [pod for pod in pods if (pod.get("status") or {}).get("phase") == "Failed"]
     last = {completion_index(pod): pod for pod in failed}
     return min(last.values(), key=lambda pod: _ended_at(pod) or 0.0, default=None)
+
+
+def end_of(pod: Mapping[str, Any]) -> Status | None:
+    """How our container has ended, though a sidecar may go on; None as long as it has not."""
+    return _of_pod(Status(State.FAILED, "Failed"), pod) if _terminated(pod) else None
 
 
 def _of_pod(status: Status, pod: Mapping[str, Any]) -> Status:

@@ -44,9 +44,14 @@ class Denial:
 
 @dataclass
 class Api:
+    """sidecars: containers that a service mesh puts before those of pods. manages_all: Kueue takes Jobs that ask for no
+    queue, too (manageJobsWithoutQueueName)."""
+
     store: Store
     posted: dict[Key, Json] = field(default_factory=dict)
     denials: list[Denial] = field(default_factory=list)
+    sidecars: list[Json] = field(default_factory=list)
+    manages_all: bool = False
 
     # -- create -------------------------------------------------------------------------------------------------------
 
@@ -62,8 +67,10 @@ class Api:
             self._namespace(resource, meta, namespace)
         if resource.name != "namespaces":
             obj.pop("status", None)
-        if resource.name == "jobs" and QUEUE_LABEL in meta.get("labels", {}) and "spec" in obj:
-            obj["spec"]["suspend"] = True
+        if resource.name == "jobs" and "spec" in obj:
+            self._ask_kueue(obj)
+        if resource.name == "pods" and obj.get("spec", {}).get("containers"):
+            self._inject(obj)
         with self.store.lock:
             obj = self._admitted(resource, obj)
             if query.get("dryRun"):
@@ -82,6 +89,20 @@ class Api:
     def _namespace(self, resource: Resource, meta: Json, namespace: str) -> None:
         if meta.setdefault("namespace", namespace) != namespace:
             raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
+
+    def _ask_kueue(self, job: Json) -> None:
+        """Its webhook: a LocalQueue `default` is that of all Jobs of the namespace that name none."""
+        meta = job["metadata"]
+        if QUEUE_LABEL not in meta.get("labels", {}) and self.store.get(("localqueues", meta["namespace"], "default")):
+            meta.setdefault("labels", {})[QUEUE_LABEL] = "default"
+        if QUEUE_LABEL in meta.get("labels", {}) or self.manages_all:
+            job["spec"]["suspend"] = True
+
+    def _inject(self, pod: Json) -> None:
+        """As Istio's webhook, which labels of the pod keep out; the sidecar is the first, as with
+        holdApplicationUntilProxyStarts."""
+        if pod["metadata"].get("labels", {}).get("sidecar.istio.io/inject") != "false":
+            pod["spec"]["containers"] = [*copy.deepcopy(self.sidecars), *pod["spec"]["containers"]]
 
     def _admitted(self, resource: Resource, obj: Json) -> Json:
         namespace = obj["metadata"].get("namespace", "")

@@ -335,6 +335,18 @@ class KubeCluster:
         )
         self.store.change(("jobs", namespace, job), lambda obj: obj["spec"].update(suspend=True))
 
+    def manage_all_jobs(self) -> None:
+        """Kueue suspends Jobs that ask for no queue, too (manageJobsWithoutQueueName)."""
+        self.api.manages_all = True
+
+    def inject(self, name: str, *, image: str, command: Sequence[str]) -> None:
+        """A service mesh puts this container before those of each new pod, unless a label
+        `sidecar.istio.io/inject: "false"` keeps it out."""
+        own = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True}
+        own |= {"runAsUser": 1337, "seccompProfile": {"type": "RuntimeDefault"}}
+        sidecar = {"name": name, "image": image, "command": [*command], "securityContext": own}
+        self.api.sidecars.append(sidecar)
+
     def deny(
         self, message: str, *, kind: str = "pods", webhook: str = "policy.example.com", code: int = 403,
         times: int | None = None,
@@ -468,6 +480,8 @@ class KubeCluster:
         """As new for the next test: no namespaces of its own, no faults, the first nodes and classes."""
         self.heal()
         self.api.denials.clear()
+        self.api.sidecars.clear()
+        self.api.manages_all = False
         self.api.posted.clear()
         settings = self._settings
         settings.forbidden.clear()

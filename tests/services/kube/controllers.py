@@ -214,13 +214,14 @@ class Controllers:
         """Kueue's reconciler: a Workload for each job of a queue."""
         with self._store.lock:
             job = self._store.get(key)
-            name = job["metadata"].get("labels", {}).get(QUEUE_LABEL) if job else None
-            if job is None or not name:
+            name = job["metadata"].get("labels", {}).get(QUEUE_LABEL, "") if job else ""
+            if job is None or not (name or self._api.manages_all):
                 return
             known = self._store.get(("localqueues", key[1], name)) is not None
             place = ("workloads", key[1], workload_name(job))
             if self._store.get(place) is None:
                 self._new_workload(job, name)
+            self._store.change(place, lambda obj: obj["spec"].update(queueName=name))
             message = (
                 "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor "
                 "default-flavor, 1 more needed"

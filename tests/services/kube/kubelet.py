@@ -484,7 +484,8 @@ class PodWorker:
             if "podIP" in fields:
                 status["podIPs"], status["hostIPs"] = [{"ip": fields["podIP"]}], [{"ip": fields["hostIP"]}]
             status["phase"] = phase or self._phase(status)
-            status["containerStatuses"] = [_slot_status(slot) for slot in self.slots]
+            by_name = sorted(self.slots, key=lambda slot: slot.name)
+            status["containerStatuses"] = [_slot_status(slot) for slot in by_name]
             if self.inits:
                 status["initContainerStatuses"] = [_slot_status(slot) for slot in self.inits]
             self._conditions(status)

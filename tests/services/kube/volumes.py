@@ -53,11 +53,13 @@ class PodFolders:
 def make_volumes(store: Store, pod: Json, folders: PodFolders, *, token: str) -> dict[str, Path]:
     """Volume → its folder. MountError where something is missing. token: of service accounts."""
     found: dict[str, Path] = {}
-    group = pod["spec"]["securityContext"].get("fsGroup")
+    context = pod["spec"]["securityContext"]
+    group, patient = context.get("fsGroup"), context.get("fsGroupChangePolicy") == "OnRootMismatch"
     for volume in pod["spec"].get("volumes", ()):
         found[volume["name"]] = _volume(store, pod, volume, folders, token=token)
-        if group is not None and "hostPath" not in volume:
-            _give_to_group(found[volume["name"]], group, read_only=_read_only(volume))
+        root, kept = found[volume["name"]], patient and "persistentVolumeClaim" in volume
+        if group is not None and "hostPath" not in volume and not (kept and _is_of_group(root, group)):
+            _give_to_group(root, group, read_only=_read_only(volume))
     return found
 
 
@@ -193,6 +195,12 @@ def _give_to_group(root: Path, group: int, *, read_only: bool) -> None:
         for path in [Path(folder), *(Path(folder) / name for name in (*folders, *names))]:
             with contextlib.suppress(FileNotFoundError):  # another pod of the claim has just removed it
                 _give_one(path, group, mask)
+
+
+def _is_of_group(root: Path, group: int) -> bool:
+    """What OnRootMismatch looks at (pkg/volume/volume_linux.go, requiresPermissionChange)."""
+    facts = root.stat()
+    return facts.st_gid == group and facts.st_mode & 0o2770 == 0o2770
 
 
 def _give_one(path: Path, group: int, mask: int) -> None:

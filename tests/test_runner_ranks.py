@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,11 +39,11 @@ SLURM = {"SLURM_JOB_ID": "4711", "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLUR
 @pytest.mark.parametrize(
     ("nodes", "environ", "ranks"),
     [
-        (3, {"CLUSTER_SPEC": json.dumps(VERTEX)}, Ranks(2, 3, "cmle-training-workerpool0-a1b2-0", 2222)),
+        (3, {"CLUSTER_SPEC": json.dumps(VERTEX)}, Ranks(2, 3, "cmle-training-workerpool0-a1b2-0", 2222, late=True)),
         (
             4,
             {"JOB_COMPLETION_INDEX": "3", "CVLAUNCH_MASTER": "shapes-1-0.shapes-1:29500", "CVLAUNCH_NODES": "4"},
-            Ranks(3, 4, "shapes-1-0.shapes-1", 29500),
+            Ranks(3, 4, "shapes-1-0.shapes-1", 29500, late=True),
         ),
         (2, SLURM, Ranks(1, 2, "gpu-03", 24711)),
         (2, {**SLURM, "CVLAUNCH_MASTER": "gpu-03.cluster"}, Ranks(1, 2, "gpu-03.cluster", 24711)),
@@ -64,9 +66,27 @@ def test_platforms(tmp_path: Path, nodes: int, environ: dict[str, str], ranks: R
 
 
 def test_sagemaker(tmp_path: Path) -> None:
-    (tmp_path / "input/config").mkdir(parents=True)
-    (tmp_path / "input/config/resourceconfig.json").write_text(json.dumps(SAGEMAKER))
-    assert find_ranks(2, {}, tmp_path) == Ranks(1, 2, "algo-1", 29500, "eth0")
+    assert _sagemaker(tmp_path, SAGEMAKER) == Ranks(1, 2, "algo-1", 29500, "eth0", late=True)
+
+
+def test_sagemaker_counts_as_the_names_of_its_hosts_do(tmp_path: Path) -> None:
+    """Which it gives in lexicographic order: algo-1, algo-10, algo-11, algo-2, …"""
+    hosts = sorted(f"algo-{number}" for number in range(1, 12))
+    for host in hosts:
+        ranks = _sagemaker(tmp_path, {**SAGEMAKER, "hosts": hosts, "current_host": host})
+        assert f"algo-{ranks.node_rank + 1}" == host and ranks.master_addr == "algo-1"
+
+
+def test_sagemaker_with_names_of_another_form(tmp_path: Path) -> None:
+    hosts = ["worker-9", "algo-2", "algo-1"]
+    ranks = _sagemaker(tmp_path, {**SAGEMAKER, "hosts": hosts, "current_host": "algo-1"})
+    assert (ranks.node_rank, ranks.master_addr) == (2, "worker-9")
+
+
+def _sagemaker(root: Path, config: Mapping[str, Any]) -> Ranks:
+    (root / "input/config").mkdir(parents=True, exist_ok=True)
+    (root / "input/config/resourceconfig.json").write_text(json.dumps(config))
+    return find_ranks(len(config["hosts"]), {}, root)
 
 
 @pytest.mark.parametrize(
@@ -99,21 +119,51 @@ def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
+class Announcer:
+    """Resolves a name at the call number `at`; each call takes ten seconds."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls, self.said = at, 0, list[str]()
+
+    def __call__(self, name: str) -> None:
+        self.calls += 1
+        if self.calls < self.at:
+            raise OSError(-2, f"{name} is not known")
+
+    def clock(self) -> float:
+        return 10.0 * self.calls
+
+    def wait(self, ranks: Ranks, *, time_left: float = float("inf"), abort: bool = False) -> None:
+        event = threading.Event()
+        if abort:
+            event.set()
+        wait_for_master(
+            ranks, event, self.said.append,
+            time_left=lambda: time_left - self.clock(), every_s=0.0001, resolve=self, clock=self.clock,
+        )  # fmt: skip
+
+
 def test_names_that_resolve_late() -> None:
-    answers = [OSError, OSError, "10.0.0.1"]
+    """After an hour, of which the log tells each minute; a stop and the end of the job's time end it, too."""
+    announcer = Announcer(360)
+    announcer.wait(Ranks(1, 2, "algo-1", late=True))
+    assert announcer.calls == 360 and len(announcer.said) == 60
+    assert announcer.said[1].startswith("waiting for node 0, for 1m 00s so far; its name, algo-1, does not resolve: ")
+    stopped, over = Announcer(360), Announcer(360)
+    stopped.wait(Ranks(1, 2, "algo-1", late=True), abort=True)
+    over.wait(Ranks(1, 2, "algo-1", late=True), time_left=100)
+    assert (stopped.calls, over.calls) == (1, 10)
 
-    def resolve(name: str) -> str:
-        answer = answers.pop(0)
-        if isinstance(answer, str):
-            return answer
-        raise answer(name)
 
-    ranks = Ranks(1, 2, "algo-1")
-    wait_for_master(ranks, threading.Event(), every_s=0.001, resolve=resolve)
-    assert not answers
-    answers = [OSError] * 3
-    with pytest.raises(UnreachableError, match="algo-1, did not resolve"):
-        wait_for_master(ranks, threading.Event(), tries=3, every_s=0.001, resolve=resolve)
+def test_names_that_should_be_there() -> None:
+    """Where nodes start together, a name that is not known is a wrong one."""
+    announcer = Announcer(360)
+    with pytest.raises(UnreachableError, match=r"gpu-03, did not resolve in 5m 00s: gpu-03 is not known"):
+        announcer.wait(Ranks(1, 2, "gpu-03"))
+
+
+def test_name_with_nothing_but_an_ipv6_address() -> None:
+    wait_for_master(Ranks(1, 2, "[::1]"), threading.Event(), pytest.fail, time_left=lambda: 0)
 
 
 def test_built_in_trainer_and_torchrun_between_nodes(tmp_path: Path) -> None:
@@ -121,8 +171,8 @@ def test_built_in_trainer_and_torchrun_between_nodes(tmp_path: Path) -> None:
     ranks = Ranks(1, 2, "gpu-03", 24711)
     command = build_command(job, None, env={}, ranks=ranks, code=None, scratch=tmp_path)
     assert command.argv[-4:] == ("--no-python", sys.executable, "-m", "cvtrainer")
-    assert " ".join(command.argv[3:13]) == (
-        "--nnodes 2 --node-rank 1 --master-addr gpu-03 --master-port 24711 --nproc-per-node 4"
+    assert " ".join(command.argv[3:15]) == (
+        "--nnodes 2 --node-rank 1 --master-addr gpu-03 --master-port 24711 --rdzv-conf timeout=86400 --nproc-per-node 4"
     )
     assert (trainer_folder() / "cvtrainer/__main__.py").is_file()
 
@@ -171,6 +221,29 @@ while True: time.sleep(0.1)
     assert ended.code == 75 and ended.seconds < 30
     assert "[0] saved" in world.log() and "[1] saved" in world.log()
     assert world.result["state"] == "PREEMPTED"
+
+
+POD = {"JOB_COMPLETION_INDEX": "1", "CVLAUNCH_NODES": "2", "CVLAUNCH_MASTER": "shapes-1-0.shapes-1.invalid:29500"}
+
+
+def second_node(world: RunnerWorld) -> dict[str, Any]:
+    return json.loads(world.read("nodes/1/output/result.json"))
+
+
+def test_stop_while_a_pod_waits_for_the_first(world: RunnerWorld) -> None:
+    running = world.start(world.job(("true",), nodes=2), env=POD).printed("waiting for node 0, for 0s so far")
+    ended = running.signal().end()
+    assert ended.code == 75 and ended.seconds < 30
+    result = second_node(world)
+    assert (result["state"], result["reason"]) == ("PREEMPTED", "preempted before the command started")
+
+
+def test_time_that_ends_while_a_pod_waits_for_the_first(world: RunnerWorld) -> None:
+    """It counts, and all attempts together."""
+    ended = world.end(world.job(("echo", "it ran"), nodes=2, timeout_s=3), env=POD)
+    assert ended.code == 1 and "waiting for node 0" in ended.output and "it ran" not in ended.output
+    assert (second_node(world)["state"], second_node(world)["reason"]) == ("TIMED_OUT", "the timeout of 3s is used up")
+    assert json.loads(world.read("nodes/1/heartbeat"))["elapsed_s"] >= 3
 
 
 def test_other_commands_see_no_ranks(world: RunnerWorld) -> None:

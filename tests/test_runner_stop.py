@@ -59,6 +59,38 @@ def test_command_without_a_checkpoint_keeps_its_code(world: RunnerWorld) -> None
     assert ended.code == 143 and world.result["state"] == "PREEMPTED" and world.result["restarts"] == 0
 
 
+SLEEP = "ready(); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("program", "cancel", "timeout", "code", "state", "own"),
+    [
+        (SLEEP, False, None, 75, "PREEMPTED", 143),
+        (OBEDIENT, False, None, 75, "PREEMPTED", 75),
+        (SLEEP, True, None, 143, "CANCELLED", 143),
+        (SLEEP, False, 1.0, 1, "TIMED_OUT", 1),
+        ("ready(); sys.exit(143)", False, None, 143, "FAILED", 143),
+        ("ready(); sys.exit(255)", False, None, 1, "FAILED", 255),
+    ],
+)
+def test_code_for_a_platform_that_goes_by_codes(
+    world: RunnerWorld, program: str, cancel: bool, timeout: float | None, code: int, state: str, own: int
+) -> None:
+    """What is taken away is to be started again, with a checkpoint or without; our accounts have the command's code."""
+    word = world.folder / "word"
+    job = world.job(python(program), timeout_s=timeout)
+    running = world.start(job, env={"CVLAUNCH_TERMINATION": str(word)})
+    if cancel:
+        running.printed("ready")
+        (world.run / "control").mkdir()
+        (world.run / "control/cancel").touch()
+    elif state == "PREEMPTED":
+        running.printed("ready").signal()
+    assert running.end().code == code
+    said = json.loads(word.read_text())
+    assert (said["state"], said["exit_code"], world.result["exit_code"]) == (state, own, own)
+
+
 def test_command_that_ignores_term_is_killed_within_its_share(world: RunnerWorld) -> None:
     ended = world.start(world.job(python(STUBBORN), grace_s=25)).printed("ready").signal().end()
     assert ended.code == 137 and 15 <= ended.seconds < 25

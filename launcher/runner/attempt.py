@@ -41,6 +41,7 @@ from launcher.runner.result import (
     Result,
     Word,
     complete_checkpoints,
+    exit_code_of,
     judge,
     last_metrics,
     leave_word,
@@ -226,11 +227,19 @@ class Attempt:
         site = install_requirements(job.code, layout, env, abort) if job.code else None
         self._look_at_packages(site)
         if job.nodes > 1:
-            wait_for_master(self._place.ranks, abort)
+            self._wait_for_master(abort)
         code = layout.code if job.code else None
         paths = [trainer_folder() if job.train and not self._override else None, code, site]
         env = {**self._environment(secrets, [path for path in paths if path], places), **loading}
         return build_command(job, self._override, env=env, ranks=self._place.ranks, code=code, scratch=self._scratch)
+
+    def _wait_for_master(self, abort: threading.Event) -> None:
+        """This is running time, as it is on node 0, where the command waits for the others."""
+        self._progress.running_since = time.monotonic()
+        try:
+            wait_for_master(self._place.ranks, abort, self._log.say, time_left=self._time_left)
+        finally:
+            self._progress.rest()
 
     def _environment(
         self, secrets: Mapping[str, str], paths: Sequence[Path], places: Mapping[str, Path]
@@ -379,7 +388,7 @@ class Attempt:
         self._progress.phase = "ended"
         self._within_grace(self._pulse.beat)
         _remove(self._scratch)
-        return outcome.exit_code
+        return exit_code_of(outcome, self._environ)
 
     @contextlib.contextmanager
     def _as_room_allows(self, name: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher import contract
 from launcher.contract import JobFile, Layout
+from launcher.credentials.aws import region_variables
 from launcher.runner.claim import native_id_of
 from launcher.runner.ranks import Ranks
 
@@ -45,6 +46,10 @@ _CACHES = {
 
 _SCRATCH_CACHES = "CVLAUNCH_SCRATCH_CACHES"
 """Set in the trainer image: a cache in its HOME would end with the container, and some platforms forbid it."""
+
+_RENDEZVOUS_S = 24 * 3600
+"""How long torchrun waits for its peers to be there, which gives up after 10 minutes by itself; nodes stage different
+amounts of data, and pods come when there is a machine for them. That a peer is lost is seen by its connection."""
 
 _TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108 - what libraries take without TMPDIR
 _SOCKET = "pymp-12345678/listener-12345678"
@@ -111,6 +116,7 @@ def _torchrun(python: str, ranks: Ranks, processes: int, scratch: Path) -> tuple
         rendezvous = (
             "--nnodes", str(ranks.nodes), "--node-rank", str(ranks.node_rank),
             "--master-addr", ranks.master_addr, "--master-port", str(ranks.master_port),
+            "--rdzv-conf", f"timeout={_RENDEZVOUS_S}",
         )  # fmt: skip
     return (
         python, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(processes),
@@ -138,6 +144,7 @@ def command_environment(
     if native_id := native_id_of(environ):
         env["CVLAUNCH_NATIVE_ID"] = native_id
     env |= {**job.env, **secrets}
+    env |= region_variables(env)
     env |= _home_variables(env, scratch)
     env |= _temporary_variables(env, scratch)
     if ranks.interface:

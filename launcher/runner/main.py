@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from launcher.contract import EXIT_CANCELLED, EXIT_LOST, EXIT_PREEMPTED, OWNER, Layout
+from launcher.contract import EXIT_CANCELLED, EXIT_PREEMPTED, OWNER, Layout
 from launcher.errors import CvlaunchError
 from launcher.runner.attempt import Attempt, exit_code_of_error
 from launcher.runner.job import command_of_arguments, read_job
@@ -27,12 +27,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     stop.install()
     code = _run(arguments, environ, stop, RunLog(tagged=environ.get("CVLAUNCH_LOG") == "tagged"))
     sys.stdout.flush()
-    os._exit(_as_the_platform_takes_it(code, environ))
-
-
-def _as_the_platform_takes_it(code: int, environ: Mapping[str, str]) -> int:
-    """Where a platform keeps our last word, that has the command's own code."""
-    return 1 if code == EXIT_LOST and environ.get("CVLAUNCH_TERMINATION") else code
+    os._exit(code)
 
 
 def _run(arguments: Sequence[str], environ: Mapping[str, str], stop: Stop, log: RunLog) -> int:

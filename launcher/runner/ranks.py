@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import SpecError, UnreachableError
+from launcher.quantities import format_duration
 
 __all__ = ["Ranks", "find_ranks", "first_host", "wait_for_master"]
 
 _PORT = 29500
+_PATIENCE_S = 300.0
+"""How long a name that should be there from the start may not resolve."""
+_TELL_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """interface: network interface between the nodes, where the platform names one."""
+    """interface: network interface between the nodes, where the platform names one.
+
+    late: nodes start one by one, and the name of rank 0 is there once its node is, which may take hours.
+    """
 
     node_rank: int = 0
     nodes: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = _PORT
     interface: str | None = None
+    late: bool = False
 
 
 def find_ranks(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks:
@@ -57,15 +67,21 @@ def _explicit(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | Non
 
 
 def _sagemaker(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
-    """BACKENDS §1.3; `hosts` is sorted, and rank 0 is the first."""
+    """BACKENDS §1.3; rank N is `algo-<N + 1>`, as in the names of its log streams."""
     path = root / "input/config/resourceconfig.json"
     if not path.exists():
         return None
     config = json.loads(path.read_text())
-    hosts = config["hosts"]
-    return Ranks(
-        hosts.index(config["current_host"]), len(hosts), hosts[0], interface=config.get("network_interface_name")
-    )
+    hosts = _by_number(config["hosts"])
+    interface = config.get("network_interface_name")
+    return Ranks(hosts.index(config["current_host"]), len(hosts), hosts[0], interface=interface, late=True)
+
+
+def _by_number(hosts: Sequence[str]) -> list[str]:
+    """SageMaker sorts `algo-10` before `algo-2`. Names of another form stay as they are given."""
+    numbers = [re.fullmatch(r"algo-(\d+)", host) for host in hosts]
+    found = {number[0]: int(number[1]) for number in numbers if number}
+    return sorted(hosts, key=found.__getitem__) if len(found) == len(hosts) else [*hosts]
 
 
 def _vertex(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
@@ -77,15 +93,16 @@ def _vertex(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
     task = spec["task"]
     index = int(task["index"]) + (len(first) if task["type"] == "workerpool1" else 0)
     address, port = _address(first[0])
-    return Ranks(index, len(first) + len(workers), address, port)
+    return Ranks(index, len(first) + len(workers), address, port, late=True)
 
 
 def _kubernetes(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
-    """BACKENDS §4.1: an indexed Job behind a headless service."""
+    """BACKENDS §4.1: an indexed Job behind a headless service, which has a pod's name once that has an address."""
     if "JOB_COMPLETION_INDEX" not in environ:
         return None
     address, port = _address(environ["CVLAUNCH_MASTER"])
-    return Ranks(int(environ["JOB_COMPLETION_INDEX"]), int(environ.get("CVLAUNCH_NODES", nodes)), address, port)
+    count = int(environ.get("CVLAUNCH_NODES", nodes))
+    return Ranks(int(environ["JOB_COMPLETION_INDEX"]), count, address, port, late=True)
 
 
 def _slurm(nodes: int, environ: Mapping[str, str], root: Path) -> Ranks | None:
@@ -120,21 +137,43 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else nodelist
 
 
+def _resolve(name: str) -> object:
+    """Some clusters have IPv6 alone."""
+    return socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+
+
 def wait_for_master(
     ranks: Ranks,
     abort: threading.Event,
+    say: Callable[[str], None],
     *,
-    tries: int = 150,
+    time_left: Callable[[], float] = lambda: math.inf,
     every_s: float = 2.0,
-    resolve: Callable[[str], object] = socket.gethostbyname,
+    resolve: Callable[[str], object] = _resolve,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Until the name of rank 0 resolves, which platforms announce late. UnreachableError after `tries`."""
-    for _ in range(tries):
-        try:
-            resolve(ranks.master_addr)
-        except OSError:
-            if abort.wait(every_s):
-                return
-        else:
+    """Until the name of rank 0 resolves, `abort` is set, or no time is left (seconds); says once a minute why it waits.
+
+    UnreachableError, after some minutes, if the platform announces no names late.
+    """
+    since, told = clock(), 0
+    while why := _unresolved(ranks.master_addr, resolve):
+        waited = clock() - since
+        if waited >= _PATIENCE_S and not ranks.late:
+            patience = format_duration(_PATIENCE_S)
+            raise UnreachableError(f"the name of node 0, {ranks.master_addr}, did not resolve in {patience}: {why}")
+        if waited >= told * _TELL_EVERY_S:
+            name = f"its name, {ranks.master_addr}, does not resolve"
+            say(f"waiting for node 0, for {format_duration(waited)} so far; {name}: {why}")
+            told += 1
+        if time_left() <= 0 or abort.wait(min(every_s, time_left())):
             return
-    raise UnreachableError(f"the name of node 0, {ranks.master_addr}, did not resolve in {tries * every_s:.0f} s")
+
+
+def _unresolved(name: str, resolve: Callable[[str], object]) -> str:
+    """Why; empty if it has an address."""
+    try:
+        resolve(name)
+    except OSError as error:
+        return error.strerror or str(error) or type(error).__name__
+    return ""

@@ -11,7 +11,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from launcher import contract
-from launcher.contract import EXIT_BAD_CONFIG, EXIT_CANCELLED, EXIT_DONE, EXIT_PREEMPTED, Layout, write_json
+from launcher.contract import (
+    EXIT_BAD_CONFIG,
+    EXIT_CANCELLED,
+    EXIT_DONE,
+    EXIT_LOST,
+    EXIT_PREEMPTED,
+    Layout,
+    write_json,
+)
 from launcher.quantities import format_duration
 from launcher.runner.loaders import shm_reason
 from launcher.runner.stop import Reason
@@ -22,6 +30,7 @@ __all__ = [
     "Result",
     "Word",
     "complete_checkpoints",
+    "exit_code_of",
     "judge",
     "last_metrics",
     "leave_word",
@@ -126,6 +135,16 @@ def _judge_preempted(end: End) -> Outcome:
     if code == EXIT_DONE:
         return Outcome(Word.SUCCEEDED, code)
     return Outcome(Word.PREEMPTED, code, f"preempted before a checkpoint; {end.reason}")
+
+
+def exit_code_of(outcome: Outcome, environ: Mapping[str, str]) -> int:
+    """The runner's own. Where a platform keeps our last word ($CVLAUNCH_TERMINATION), that has the command's code, and
+    the platform's rules see only ours: 75 to be started again, and never what it says itself of a lost container."""
+    if not environ.get("CVLAUNCH_TERMINATION"):
+        return outcome.exit_code
+    if outcome.state is Word.PREEMPTED:
+        return EXIT_PREEMPTED
+    return 1 if outcome.exit_code == EXIT_LOST else outcome.exit_code
 
 
 def _reason_of_code(code: int) -> str:

@@ -325,21 +325,27 @@ def test_an_image_is_built_once(project: Project) -> None:
 
 
 @with_images
-def test_of_two_at_once_one_builds(project: Project) -> None:
-    (project.folder / "Dockerfile").write_text(
-        (project.folder / "Dockerfile").read_text().replace("COPY", "RUN sleep 1\nCOPY")
-    )
-    recipe, lines, done = project.recipe(), list[str](), list[Built]()
+def test_of_two_at_once_one_builds(project: Project, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    dockerfile, wait = project.folder / "Dockerfile", "RUN while [ ! -e /mnt/go ]; do sleep 0.1; done"
+    dockerfile.write_text(dockerfile.read_text().replace("COPY", f"{wait}\nCOPY"))
+    recipe = dataclasses.replace(project.recipe(), options=(f"--volume={gate}:/mnt",))
+    waiting, lines, done = f"another process builds {recipe.reference}; waiting for it", list[str](), list[Built]()
     threads = [
         threading.Thread(target=lambda: done.append(build(recipe, project.engine, say=lines.append))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        _until(lambda: lines.count(waiting) == 2)
+    finally:
+        (gate / "go").touch()
+        for thread in threads:
+            thread.join()
     assert sorted(built.rebuilt for built in done) == [False, False, True]
     assert sum("COPY code" in line for line in lines) == 1
-    assert sum(line == f"another process builds {recipe.reference}; waiting for it" for line in lines) == 2
+    assert lines.count(waiting) == 2
 
 
 @with_images
@@ -365,7 +371,7 @@ def test_ctrl_c_ends_the_engine_and_leaves_nothing(project: Project) -> None:
         assert process.stderr is not None
         said = process.stderr.read()
     assert process.returncode == 130 and said.rstrip().endswith("cvlaunch: interrupted")
-    assert not _sleeps(pause) and not _working_containers(base)
+    _until(lambda: not _sleeps(pause) and not _working_containers(base))
     assert project.engine.image(recipe.reference) is None
 
 
@@ -384,7 +390,7 @@ def _sleeps(seconds: str) -> bool:
     return False
 
 
-def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
+def _until(holds: Callable[[], bool], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

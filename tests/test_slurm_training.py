@@ -92,7 +92,7 @@ def test_a_bare_training_is_the_one_at_home(
     digits: Path, world: SlurmWorld, ledger: Ledger, at_home: Callable[..., Run]
 ) -> None:
     run = train(digits, world.target, ledger)
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
     assert run.record.plan["job_digest"] == at_home().record.plan["job_digest"]
 
@@ -120,7 +120,7 @@ def test_a_training_in_an_image_is_the_one_at_home_and_the_container_backend_s(
     folder = places.image(world.target["root"], REGISTRY, digest=pinned.partition("@")[2], ending="")
     mount_image(slurm, trainer_image, Path(folder))
     run = train(digits, world.target, ledger, {"image": pinned})
-    assert run.wait(timeout=300).state is State.SUCCEEDED, text_of(run)
+    assert run.wait(timeout=600).state is State.SUCCEEDED, text_of(run)
     assert series(run.metrics()) == series(at_home().metrics())
     there = render(digits / "tiny.yaml", backend="container", settings=[f"image={pinned}"])
     assert run.record.plan["job_digest"] == there.job_digest != at_home().record.plan["job_digest"]
@@ -134,7 +134,7 @@ def test_a_preempted_training_ends_with_the_same_numbers(
     changes = {**LONGER, "train.workers": "1"}
     run = train(digits, world.target, ledger, changes)
     preempt_in_training(run, world)
-    status = run.wait(timeout=300)
+    status = run.wait(timeout=600)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
     assert resumed_in_the_middle(run), text_of(run)
     assert series(run.metrics()) == series(at_home(**changes).metrics())
@@ -149,7 +149,7 @@ def test_two_nodes_train_as_two_processes_at_home_and_both_come_back(
 ) -> None:
     run = train(digits, world.target, ledger, {**LONGER, "resources.nodes": "2"})
     preempt_in_training(run, world)
-    status = run.wait(timeout=300)
+    status = run.wait(timeout=600)
     assert (status.state, status.attempt) == (State.SUCCEEDED, 2), text_of(run)
     assert series(run.metrics()) == series(at_home(**LONGER, **{"resources.processes": "2"}).metrics())
     assert [e.path for e in run.store().list("nodes/1/output/logs")] == [
@@ -185,7 +185,7 @@ def test_nodes_are_told_of_each_other(run_job: StartRun, world: SlurmWorld) -> N
 
 @both_ways
 def test_a_cancelled_run_ends_on_both_nodes(run_job: StartRun, world: SlurmWorld) -> None:
-    run = run_job(STOPPABLE, resources={"nodes": 2, "grace": "20s"})
+    run = run_job(STOPPABLE, resources={"nodes": 2, "grace": "60s"})
     until(lambda: text_of(run).count("starts from None") == 2, world)
     run.cancel()
     assert run.wait(timeout=world.patience).state is State.CANCELLED
@@ -194,13 +194,17 @@ def test_a_cancelled_run_ends_on_both_nodes(run_job: StartRun, world: SlurmWorld
 
 
 FAILS_ON_THE_SECOND = """
-    import os, signal, sys, time
+    import os, pathlib, signal, sys, time
     from launcher.contract import Layout, complete_checkpoint
     signal.signal(signal.SIGTERM, lambda *_: None)
     layout = Layout.from_environment()
     print("begins", flush=True)
+    first = pathlib.Path({begun!r})
     if os.environ["CVLAUNCH_NODE_RANK"] == "1":
+        while not first.exists():
+            time.sleep(0.05)
         sys.exit(3)
+    first.touch()
     while not layout.stop.exists():
         time.sleep(0.05)
     (layout.checkpoints / "1").mkdir(parents=True)
@@ -215,10 +219,13 @@ FAILS_ON_THE_SECOND = """
     indirect=["world"],
     ids=["in place", "uploaded"],
 )
-def test_where_one_node_fails_the_run_has_failed(run_job: StartRun, world: SlurmWorld, reason: str) -> None:
+def test_where_one_node_fails_the_run_has_failed(
+    run_job: StartRun, world: SlurmWorld, tmp_path: Path, reason: str
+) -> None:
     """srun stops the other one, which saves as if it were preempted; nothing may start that again."""
     write_keys()
-    run = run_job(FAILS_ON_THE_SECOND, resources={"nodes": 2, "grace": "20s"})
+    script = FAILS_ON_THE_SECOND.format(begun=str(tmp_path / "begun"))
+    run = run_job(script, resources={"nodes": 2, "grace": "60s"})
     status = run.wait(timeout=world.patience)
     assert (status.state, status.exit_code, status.attempt) == (State.FAILED, 1, 1), text_of(run)
     assert reason in status.reason

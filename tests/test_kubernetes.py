@@ -225,6 +225,18 @@ def secret(cluster: KubeCluster, namespace: str) -> None:
     cluster.create("Secret", namespace, {"metadata": {"name": "keys"}, "stringData": {"one": "1", "two": "2"}})
 
 
+def disks(size: str | None) -> Prepare:
+    """Of all nodes: EKS' own have 20 GiB, of which the machine has a part, and write the rest in bytes."""
+
+    def make(cluster: KubeCluster, _: str) -> None:
+        for node in cluster.objects("nodes"):
+            node["status"]["allocatable"].pop("ephemeral-storage")
+            node["status"]["allocatable"] |= {"ephemeral-storage": size} if size else {}
+            cluster.put(node)
+
+    return make
+
+
 ON_CLAIM = {"output": "pvc://runs/vision", "helper_image": NEVER}
 SCALES = "; or, if nodes come when they are needed, write scales_up: true in the target"
 PRODUCT = "nvidia.com/gpu.product"
@@ -241,6 +253,9 @@ SEEN: dict[str, Case] = {
     "gpu resource": (nothing, {"gpu_resource": "amd.com/gpu"}, resources(gpus=1),
                      "no node has amd.com/gpu: see gpu_resource of the target; there are nvidia.com/gpu,"),
     "gpu part": (nothing, {"gpu_resource": "nvidia.com/mig-1g.5gb"}, resources(gpus=8), "and no node has more than 7"),
+    "disk": (disks("18242267924"), {}, {},
+             "resources.disk: 20.0 GiB on one node wanted, and no node has more than 17.0 GiB for pods: ask for less"
+             f"{SCALES}"),
     "no gpu": (nothing, {"gpu_resource": "gpu"}, {}, "gpu_resource: expected a resource such as nvidia.com/gpu or"),
     "claim": (nothing, ON_CLAIM, {}, "there.output: there is no PersistentVolumeClaim runs in context test ("),
     "claim of data": (claim(), ON_CLAIM, {"data": {"train": "pvc://data/x"}}, "data.train: context test ("),
@@ -272,6 +287,20 @@ def test_what_is_seen_before_anything_is_sent(site: Site, name: str) -> None:
     assert isinstance(error, SpecError) and words in str(error), str(error)
     assert name == "large" or str(error).startswith((f"{site.project}/targets.yaml:", f"{site.project}/job.yaml:"))
     assert runs() == [] and site.left() == {}
+
+
+def test_disk_that_may_be_enough_is_not_refused(site: Site) -> None:
+    """Nodes may come, an overlay may ask for less, and a node that says nothing of its disk may have it."""
+    less = overlay(f"{POD}/containers/0/resources/requests/ephemeral-storage", "1Gi", "replace")
+    words = "20.0 GiB on one node wanted, and no node has more than 15.0 GiB for pods: ask for less"
+    disks("15Gi")(site.cluster, site.namespace)
+    site.write(less)
+    done = cli("render", "job.yaml", "--target", "there", "--check", cwd=site.project)
+    assert done.returncode == 0 and f"warning: resources.disk: {words}" in done.stderr
+    assert site.send(less).cancel() and site.send({"scales_up": True}).cancel()
+    disks(None)(site.cluster, site.namespace)
+    site.cluster.add_node("small", allocatable={"ephemeral-storage": "15Gi"})
+    assert site.send().cancel()
 
 
 def test_who_may_not_look_may_send_all_the_same(site: Site) -> None:
@@ -424,6 +453,10 @@ PENDING: dict[str, tuple[Prepare, Mapping[str, Any], Mapping[str, Any], State, s
               "the cluster makes no pod for it: Error creating: pods \"{run}-"),
     "gpus": (nothing, {"scales_up": True}, resources(gpus=3), State.QUEUED, "Pending/Unschedulable",
              "no node takes it: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu. preemption: 0/3 nodes are"),
+    "disk": (disks("18242267924"), {"scales_up": True}, {}, State.QUEUED, "Pending/Unschedulable",
+             "no node takes it: 0/3 nodes are available: 3 Insufficient ephemeral-storage. preemption: 0/3 nodes are "
+             "available: 3 No preemption victims found for incoming pod. It asks for 20Gi of disk: set resources.disk "
+             "to less, or take larger disks"),
     "model": (nothing, {"scales_up": True}, resources(gpus=1, gpu="H100"), State.QUEUED, "Pending/Unschedulable",
               "no node takes it: 0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."),
     "claim": (claim(storageClassName="manual"), ON_CLAIM, {}, State.QUEUED, "Pending/Unschedulable",
@@ -578,6 +611,22 @@ def test_a_pod_that_is_taken_away_comes_back(live: Site, how: str) -> None:
     status = end_of(run)
     assert (status.state, status.exit_code) == (State.SUCCEEDED, 0), status
     assert starts(run)[-1] == "1"
+
+
+@pytest.mark.parametrize("how", ["drained", "deleted by hand"])
+def test_a_pod_that_is_taken_away_before_it_has_a_checkpoint_comes_back(live: Site, how: str) -> None:
+    """Its command dies of the TERM; only an eviction is marked as one."""
+    script = """
+import os, time
+print("attempt", os.environ["CVLAUNCH_ATTEMPT"], flush=True)
+time.sleep(0 if os.environ["CVLAUNCH_ATTEMPT"] == "2" else 600)
+"""
+    run = live.run(script)
+    until(lambda: "attempt 1" in text_of(run))
+    TAKEN[how](live.cluster, live.namespace, live.pod(run))
+    status = end_of(run)
+    assert (status.state, status.attempt) == (State.SUCCEEDED, 2), status
+    assert "attempt 2" in text_of(run)
 
 
 def test_a_pod_that_is_deleted_without_grace(live: Site) -> None:

@@ -43,11 +43,13 @@ from launcher.kube.gpus import is_gpu, node_requirement
 from launcher.kube.helper import HelperSpec
 from launcher.kube.logs import run_logs
 from launcher.kube.manifest import manifest_context, places, stored_secrets
+from launcher.kube.podspecs import parse_quantity
 from launcher.kube.queues import queue_words
 from launcher.kube.target import KubernetesTarget, OpenShiftTarget
 from launcher.kube.volume import open_volume, split_uri
 from launcher.kube.words import CONTAINER, Seen
 from launcher.plan import dump_yaml
+from launcher.quantities import format_size
 from launcher.rules import RULES, ContainerRules
 from launcher.status import State, Status
 from launcher.stores import Store, join_uri, open_store, scheme
@@ -68,6 +70,8 @@ _FEW = 1000
 """Up to so many runs a poll also reads events and Kueue's Workloads, and so stays within five requests."""
 _GONE_S = 120.0
 """How long an ended Job may take to go, when its run is sent again."""
+
+_OR_SCALES = "or, if nodes come when they are needed, write scales_up: true in the target"
 
 _FOREIGN = {
     "code": "a foreign image (runner: none) has nobody to bring it; build the code into the image",
@@ -128,7 +132,10 @@ class KubernetesBackend:
             )
         yield from self._check_secrets(job)
         yield from self._check_claims(job)
-        yield from self._check_gpus(job)
+        nodes = self._nodes()
+        if nodes is not None:
+            yield from self._check_gpus(job, nodes)
+            yield from self._check_disk(job, nodes)
         keys = self.target.storage_secret or self.target.service_account
         if not keys and {scheme(place) for place in places(job)} & {"s3", "gs"}:
             message = "the target has neither storage_secret nor service_account, by which pods could reach the store"
@@ -166,17 +173,21 @@ class KubernetesBackend:
             else:
                 yield from _check_modes(claim, found["spec"]["accessModes"], key, job.spec.resources.nodes)
 
-    def _check_gpus(self, job: Job) -> Iterator[Problem]:
-        """Whether some node has them; an autoscaler may bring nodes that nobody sees yet."""
-        resources, target = job.spec.resources, self.target
-        if not resources.gpus or target.scales_up:
-            return
+    def _nodes(self) -> list[Json] | None:
+        """None where they are hidden; and where an autoscaler may bring nodes that nobody sees yet."""
+        if self.target.scales_up:
+            return None
         try:
-            nodes = list(self._cluster.list(self._cluster.path("nodes")))
+            return list(self._cluster.list(self._cluster.path("nodes")))
         except AuthError:
+            return None
+
+    def _check_gpus(self, job: Job, nodes: Sequence[Json]) -> Iterator[Problem]:
+        """Whether some node has them."""
+        resources, target = job.spec.resources, self.target
+        if not resources.gpus:
             return
         having = {node["metadata"]["name"]: _allocatable(node, target.gpu_resource) for node in nodes}
-        way_out = "if nodes come when they are needed, write scales_up: true in the target"
         most = max(having.values(), default=0)
         if most < resources.gpus:
             kind = target.gpu_resource
@@ -185,7 +196,7 @@ class KubernetesBackend:
             if not most:
                 named = ", ".join(others) or "no GPUs"
                 message = f"no node has {kind}: see gpu_resource of the target; there are {named}"
-            yield Problem("resources.gpus", f"{message}; or, {way_out}")
+            yield Problem("resources.gpus", f"{message}; {_OR_SCALES}")
             return
         wanted = node_requirement(resources.gpu, target.gpu_label, values=target.gpu_values)
         if wanted is None:
@@ -195,7 +206,18 @@ class KubernetesBackend:
             found = ", ".join(sorted(filter(None, there)))
             says = f"nodes with GPUs have {wanted.key}: {found}" if found else f"no node has the label {wanted.key}"
             message = f"no node has {', '.join(resources.gpu)} ({says}): see gpu_label and gpu_values of the target"
-            yield Problem("resources.gpu", f"{message}; or, {way_out}")
+            yield Problem("resources.gpu", f"{message}; {_OR_SCALES}")
+
+    def _check_disk(self, job: Job, nodes: Sequence[Json]) -> Iterator[Problem]:
+        """Whether some node's disk would do, were it empty. A node may not say, and an overlay ask for less."""
+        sizes = [parse_quantity(_resources(node).get("ephemeral-storage")) for node in nodes]
+        most = max((size for size in sizes if size is not None), default=job.disk)
+        if most < job.disk:
+            message = (
+                f"{format_size(job.disk)} on one node wanted, and no node has more than {format_size(most)} for pods"
+            )
+            sure = None not in sizes and self.target.overlay is None
+            yield Problem("resources.disk", f"{message}: ask for less; {_OR_SCALES}", fatal=sure)
 
     def submit(self, plan: Plan, secrets: Mapping[str, str], *, attempt: int = 1) -> Handle:
         job, *others = _documents(plan.text)

@@ -266,7 +266,8 @@ def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
     scheduled: Mapping[str, str] = next((c for c in status.get("conditions") or () if c["type"] == "PodScheduled"), {})
     if scheduled.get("status") == "False":
         word, message = scheduled.get("reason", ""), scheduled.get("message", "")
-        return Status(State.QUEUED, f"Pending/{word}", reason=_words(_NOT_SCHEDULED.get(word, word), message))
+        reason = _words(_NOT_SCHEDULED.get(word, word), message)
+        return Status(State.QUEUED, f"Pending/{word}", reason=reason + _way_out(pod, message))
     state = main_container(pod).get("state") or {}
     if "running" in state:
         return Status(State.RUNNING, "Running", node=node)
@@ -279,6 +280,14 @@ def _waiting(pod: Mapping[str, Any], now: float, *, held: str) -> Status:
         reason = f"for {format_duration(now - since)}"
     native = f"Pending/{word}" if word else str(status.get("phase", "Pending"))
     return Status(State.STARTING if node else State.QUEUED, native, reason=reason, node=node)
+
+
+def _way_out(pod: Mapping[str, Any], message: str) -> str:
+    """Where nobody would guess it: a job gets disk that it did not ask for."""
+    if "Insufficient ephemeral-storage" not in message:
+        return ""
+    asked = (main_of(pod).get("resources") or {}).get("requests") or {}
+    return f" It asks for {asked.get('ephemeral-storage')} of disk: set resources.disk to less, or take larger disks"
 
 
 def _kept_by(pod: Mapping[str, Any]) -> str:

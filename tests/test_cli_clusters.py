@@ -298,7 +298,8 @@ def test_an_account_that_can_not_be_asked(
 
 
 def test_policies_are_printed(call: Call, account: AwsCloud, tmp_path: Path) -> None:
-    code, out, err = call("targets", "policy", "aws", "--secret", "secretsmanager:wandb#key")
+    key = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    code, out, err = call("targets", "policy", "aws", "--secret", "secretsmanager:wandb#key", "--key", key)
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert list(found) == ["submitter", "role", "trust"]
@@ -307,6 +308,7 @@ def test_policies_are_printed(call: Call, account: AwsCloud, tmp_path: Path) -> 
     role = {statement["Sid"]: statement["Resource"] for statement in found["role"]["Statement"]}
     assert role["Secrets"] == ["arn:aws:secretsmanager:eu-west-1:123456789012:secret:wandb-??????"]
     assert role["DataObjects"] == ["arn:aws:s3:::clusters/shapes/*"]
+    assert role["OwnKeys"] == [key]
     write_aws(tmp_path, role=None, output=None)
     code, out, err = call("targets", "policy", "aws", "--of", "submitter")
     assert (code, err.splitlines()) == (0, [
@@ -322,6 +324,8 @@ WRONG = {
     "options of another backend": (("targets", "policy", "aws", "--user", "ada"), "are for clusters of Kubernetes"),
     "of is for SageMaker": (("targets", "policy", "kubernetes", "--of", "role"), "are for targets of SageMaker"),
     "secret": (("targets", "policy", "aws", "--secret", "env:X"), "--secret: 'env:X' is no reference"),
+    "key": (("targets", "policy", "aws", "--key", "alias/team"), "--key: 'alias/team' is no key's ARN"),
+    "key is for SageMaker": (("targets", "policy", "kubernetes", "--key", "x"), "--key are for targets of SageMaker"),
     "set up": (
         ("targets", "setup", "aws"),
         "aws: there is nothing to set up in SageMaker: `cvlaunch targets probe aws`",

@@ -136,6 +136,12 @@ BAD: dict[str, tuple[Callable[[AwsCloud], object], dict[str, Any], dict[str, Any
     "caller may not pass it": (lambda cloud: cloud.lookups.denied.add("iam:PassRole"), {}, {}, ("profile", True, [
         f"you may not do iam:PassRole on {ROLE}: ask for the policy that `cvlaunch targets policy aws --of submitter`",
     ])),
+    "caller has a policy for other names": (
+        lambda cloud: cloud.lookups.limited.update({"sagemaker:CreateTrainingJob": "arn:*:training-job/vision-*"}),
+        {}, {}, ("profile", False, [
+        "you may not do sagemaker:CreateTrainingJob on arn:aws:sagemaker:eu-west-1:123456789012:training-job/*: ask ",
+        "--of submitter` prints; one for jobs of certain names is enough where this one's is among them",
+    ])),
     "role may not write": (lambda cloud: cloud.lookups.denied.add("s3:PutObject"), {}, {}, ("role", False, [
         "the role may not do s3:PutObject on arn:aws:s3:::probed/runs/*, for results: give it the policy that "
         "`cvlaunch targets policy aws --of role` prints",
@@ -446,7 +452,11 @@ SECRETS = [
     "store:secretsmanager:wandb#key",
     "ssm:/team/token",
     "secretsmanager:arn:aws:secretsmanager:eu-west-1:1:secret:x",
+    "secretsmanager:arn:aws:secretsmanager:eu-west-1:1:secret:my-secret#key",
+    "ssm:arn:aws:ssm:eu-west-1:1:parameter/team/other:first#key",
+    "ssm:/team/token:3",
 ]
+KEYS = [f"arn:aws:kms:eu-west-1:123456789012:key/{name}" for name in ("1234abcd-12ab-34cd-56ef-1234567890ab", "mrk-1a")]
 
 ANY_RESOURCE = {
     "sagemaker:ListTrainingJobs",
@@ -469,7 +479,7 @@ def policies(given: SageMakerTarget, region: str = REGION, **more: Any) -> dict[
 
 POLICIES = {
     "usual": policies(target(), data=DATA[:1]),
-    "full": policies(FULL, data=DATA, secrets=SECRETS),
+    "full": policies(FULL, data=DATA, secrets=SECRETS, keys=KEYS),
     "empty": policies(SageMakerTarget(region=REGION)),
     "china": policies(target(role=None, registry=None), "cn-north-1", data=DATA),
 }
@@ -553,7 +563,7 @@ def test_the_role_may_do_what_the_runner_and_the_platform_do() -> None:
     usual, full = (statements(POLICIES[name]["role"]) for name in ("usual", "full"))
     assert set(full) - set(usual) == {
         "NetworkCreate", "NetworkChange", "NetworkLook", "EncryptResults", "EncryptVolumes", "Secrets", "Parameters",
-        "DataList1", "DataList2", "DataList3",
+        "OwnKeys", "DataList1", "DataList2", "DataList3",
     }  # fmt: skip
     assert full["NetworkCreate"]["Resource"][1:] == [
         "arn:aws:ec2:eu-west-1:123456789012:subnet/subnet-1",
@@ -567,9 +577,19 @@ def test_the_role_may_do_what_the_runner_and_the_platform_do() -> None:
     ]
     assert full["Secrets"]["Resource"] == [
         "arn:aws:secretsmanager:eu-west-1:123456789012:secret:wandb-??????",
-        "arn:aws:secretsmanager:eu-west-1:1:secret:x",
+        "arn:aws:secretsmanager:eu-west-1:1:secret:x-??????",
+        "arn:aws:secretsmanager:eu-west-1:1:secret:my-secret",
+        "arn:aws:secretsmanager:eu-west-1:1:secret:my-secret-??????",
     ]
-    assert full["Parameters"]["Resource"] == ["arn:aws:ssm:eu-west-1:123456789012:parameter/team/token"]
+    assert full["Parameters"]["Resource"] == [
+        "arn:aws:ssm:eu-west-1:123456789012:parameter/team/token",
+        "arn:aws:ssm:eu-west-1:1:parameter/team/other",
+    ]
+    for found in full, statements(POLICIES["full"]["submitter"]):
+        assert (found["OwnKeys"]["Action"], found["OwnKeys"]["Resource"]) == (
+            ["kms:Decrypt", "kms:GenerateDataKey"],
+            KEYS,
+        )
     assert full["DataObjects"]["Resource"] == [
         "arn:aws:s3:::probed/shapes/*", "arn:aws:s3:::other/a/b/*", "arn:aws:s3:::whole/*", "arn:aws:s3:::other/c/*"
     ]  # fmt: skip
@@ -602,6 +622,12 @@ def test_a_role_that_is_made_as_printed_is_trusted(ready: AwsCloud) -> None:
 def test_a_secret_that_is_no_reference(secret: str) -> None:
     with pytest.raises(SpecError, match="one looks like secretsmanager:NAME or ssm:NAME"):
         place_of(target(), REGION, secrets=[secret])
+
+
+@pytest.mark.parametrize("key", ["alias/team", "1234abcd", "arn:aws:kms:eu-west-1:123456789012:alias/team"])
+def test_a_key_that_is_no_arn(key: str) -> None:
+    with pytest.raises(SpecError, match=r"is no key's ARN; one looks like arn:aws:kms:.*aws kms describe-key"):
+        place_of(target(), REGION, keys=[key])
 
 
 WORDS = [

@@ -521,8 +521,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "volume key by its alias": (
         {},
         {"volume_kms_key": "alias/volumes"},
-        r"targets.yaml:\d+: targets.aws.volume_kms_key: .* is the alias 'alias/volumes', and SageMaker takes a key's id "
-        r"or ARN there; `aws kms describe-key --key-id alias/volumes` shows the ARN",
+        r"targets.yaml:\d+: targets.aws.volume_kms_key: .* is the alias 'alias/volumes', and SageMaker takes a key's "
+        r"id or ARN there; `aws kms describe-key --key-id alias/volumes` shows the ARN",
     ),
     "six types": ({}, {"instance_types": [f"ml.g{n}.xlarge" for n in range(6)]}, r"targets.yaml:\d+: .*instance_types"),
     "twice": (

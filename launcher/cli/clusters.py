@@ -103,8 +103,10 @@ def probe(
         sagemaker.probe(name, target, write=write, out=out)
         return
     if found in _KUBERNETES:
-        access = kubernetes.access_of(selected) if selected else kubernetes.access(context, kubeconfig, namespace)
-        kubernetes.probe(name, access, write=write, out=out)
+        target = kubernetes.target_of(selected) if selected else None
+        access = target.access if target else kubernetes.access(context, kubeconfig, namespace)
+        account = target.service_account if target else None
+        kubernetes.probe(name, access, service_account=account, write=write, out=out)
         return
     slurm.probe(name, selected, ssh=ssh, root=root, run_job=run_job, connect=connect, write=write, out=out)
 
@@ -122,6 +124,13 @@ def probe(
     multiple=True,
     help="SageMaker: the role may read it: secretsmanager:NAME, ssm:NAME. May be repeated.",
 )
+@click.option(
+    "--key",
+    "keys",
+    metavar="ARN",
+    multiple=True,
+    help="SageMaker: a key of KMS that encrypts a bucket, a secret or a parameter. May be repeated.",
+)
 def policy(
     *,
     name: str,
@@ -130,6 +139,7 @@ def policy(
     service_account: str | None,
     of: str | None,
     secrets: tuple[str, ...],
+    keys: tuple[str, ...],
 ) -> None:
     """Print the least rights that target NAME needs.
 
@@ -145,10 +155,10 @@ def policy(
     if selected.backend.name == _SAGEMAKER:
         if user or group or service_account:
             raise SpecError("--user, --group and --service-account are for clusters of Kubernetes")
-        sagemaker.policy(selected, of, secrets=secrets)
+        sagemaker.policy(selected, of, secrets=secrets, keys=keys)
         return
-    if of or secrets:
-        raise SpecError("--of and --secret are for targets of SageMaker")
+    if of or secrets or keys:
+        raise SpecError("--of, --secret and --key are for targets of SageMaker")
     click.echo(kubernetes.policy_text(selected, user=user, group=group, service_account=service_account), nl=False)
 
 

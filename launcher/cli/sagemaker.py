@@ -87,14 +87,14 @@ def _run(command: Sequence[str]) -> None:
 # ---- policies
 
 
-def policy(selected: Selected, of: str | None, *, secrets: Sequence[str]) -> None:
+def policy(selected: Selected, of: str | None, *, secrets: Sequence[str], keys: Sequence[str]) -> None:
     """Prints all policies as one document, or one of them as IAM takes it."""
     from launcher.sagemaker.client import Account
     from launcher.sagemaker.policy import document, place_of, role_needs, submitter_needs, trust_policy
 
     target = target_of(selected)
     region = Account(target.access, selected.name).region
-    place = place_of(target, region, data=_data(selected.name), secrets=secrets)
+    place = place_of(target, region, data=_data(selected.name), secrets=secrets, keys=keys)
     documents = {
         "submitter": document(submitter_needs(place)),
         "role": document(role_needs(place)),

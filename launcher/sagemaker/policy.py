@@ -42,6 +42,7 @@ _ECR = re.compile(
     r"(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _ROLE = re.compile(r"arn:(?P<partition>aws[a-z-]*):iam::(?P<account>\d{12}):role/(?:.+/)?(?P<name>[\w+=,.@-]+)")
+_KEY = re.compile(r"arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[\w-]+")
 _S3 = re.compile(r"s3://(?P<bucket>[^/]+)/*(?P<prefix>.*?)/*")
 
 
@@ -77,7 +78,8 @@ class Role:
 class Place:
     """What a policy is about. account: 12 digits, or `*` where nobody says it. data: s3:// URIs that jobs read.
 
-    secrets: references as in a job file, without `store:`.
+    secrets: references as in a job file, without `store:`. keys: of KMS, by which buckets, secrets and parameters are
+    encrypted.
     """
 
     target: SageMakerTarget
@@ -86,13 +88,21 @@ class Place:
     output: str | None
     data: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
     def arn(self, service: str, resource: str, *, account: str | None = None) -> str:
         return f"arn:{partition_of(self.region).name}:{service}:{self.region}:{account or self.account}:{resource}"
 
 
-def place_of(target: SageMakerTarget, region: str, *, data: Sequence[str] = (), secrets: Sequence[str] = ()) -> Place:
-    """data: places of datasets; those outside S3 need no rights. SpecError for a secret that is no reference."""
+def place_of(
+    target: SageMakerTarget,
+    region: str,
+    *,
+    data: Sequence[str] = (),
+    secrets: Sequence[str] = (),
+    keys: Sequence[str] = (),
+) -> Place:
+    """data: places of datasets; those outside S3 need no rights. keys: ARNs. SpecError for what is none of these."""
     role, image = parse_role(target.role or ""), ecr_image(target.registry or "")
     account = role.account if role else image.account if image else "*"
     in_s3 = tuple(dict.fromkeys(uri for uri in data if split_s3(uri)))
@@ -102,7 +112,14 @@ def place_of(target: SageMakerTarget, region: str, *, data: Sequence[str] = (), 
             raise SpecError(
                 f"{secret!r} is no reference; one looks like secretsmanager:NAME or ssm:NAME", key="--secret"
             )
-    return Place(target, region, account, target.output, in_s3, found)
+    for key in keys:
+        if not _KEY.fullmatch(key):
+            raise SpecError(
+                f"{key!r} is no key's ARN; one looks like arn:aws:kms:eu-west-1:123456789012:key/1234abcd-…, and "
+                "`aws kms describe-key --key-id alias/NAME` shows that of an alias",
+                key="--key",
+            )
+    return Place(target, region, account, target.output, in_s3, found, tuple(dict.fromkeys(keys)))
 
 
 def ecr_image(reference: str) -> EcrImage | None:
@@ -149,6 +166,7 @@ def submitter_needs(place: Place) -> Iterator[Need]:
     yield from _push_needs(place)
     if place.target.kms_key:
         yield _key_need("DecryptResults", place.target.kms_key, ("kms:Decrypt", "kms:GenerateDataKey"), place)
+    yield from _own_key_needs(place)
     yield Need("Quotas", "cvlaunch targets probe", ("servicequotas:ListServiceQuotas",), ("*",))
 
 
@@ -233,6 +251,7 @@ def role_needs(place: Place) -> Iterator[Need]:
         yield _key_need("EncryptResults", target.kms_key, actions, place)
     if target.volume_kms_key:
         yield _key_need("EncryptVolumes", target.volume_kms_key, ("kms:CreateGrant", "kms:DescribeKey"), place)
+    yield from _own_key_needs(place)
     yield from _secret_needs(place)
 
 
@@ -268,18 +287,38 @@ def _key_need(name: str, key: str, actions: tuple[str, ...], place: Place) -> Ne
     return Need(name, "encryption", actions, (resource,), conditions)
 
 
+def _own_key_needs(place: Place) -> Iterator[Need]:
+    """https://docs.aws.amazon.com/AmazonS3/latest/userguide/UsingKMSEncryption.html: reading decrypts, writing asks for
+    a key of the data."""
+    if place.keys:
+        yield Need("OwnKeys", "what a key of KMS encrypts", ("kms:Decrypt", "kms:GenerateDataKey"), place.keys)
+
+
 def _secret_needs(place: Place) -> Iterator[Need]:
-    """Secrets Manager ends the ARN of a secret with six characters of its own."""
-    kinds = {
-        "secretsmanager": ("Secrets", "secretsmanager:GetSecretValue", "secret:{}-??????"),
-        "ssm": ("Parameters", "ssm:GetParameter", "parameter/{}"),
-    }
-    for kind, (name, action, form) in kinds.items():
-        found = [reference.partition("#")[0].partition(":")[2] for reference in place.secrets
-                 if reference.startswith(f"{kind}:")]  # fmt: skip
-        arns = [one if one.startswith("arn:") else place.arn(kind, form.format(one.lstrip("/"))) for one in found]
-        if arns:
-            yield Need(name, "secrets of jobs", (action,), tuple(dict.fromkeys(arns)))
+    found: dict[str, list[str]] = {"secretsmanager": [], "ssm": []}
+    for reference in place.secrets:
+        kind, _, name = reference.partition("#")[0].partition(":")
+        found[kind] += _secret_arns(name, place) if kind == "secretsmanager" else [_parameter_arn(name, place)]
+    names = {"secretsmanager": ("Secrets", "secretsmanager:GetSecretValue"), "ssm": ("Parameters", "ssm:GetParameter")}
+    for kind, (name, action) in names.items():
+        if found[kind]:
+            yield Need(name, "secrets of jobs", (action,), tuple(dict.fromkeys(found[kind])))
+
+
+def _secret_arns(name: str, place: Place) -> list[str]:
+    """Secrets Manager ends the ARN of a secret with `-` and six characters of its own, which a reference may leave out.
+
+    Whether an ARN that ends so is whole can't be seen: `my-secret` may be all of a name.
+    """
+    arn = name if name.startswith("arn:") else place.arn("secretsmanager", f"secret:{name}")
+    whole = name.startswith("arn:") and re.search("-[A-Za-z0-9]{6}$", name)
+    return [arn, f"{arn}-??????"] if whole else [f"{arn}-??????"]
+
+
+def _parameter_arn(name: str, place: Place) -> str:
+    """Without the version or label, which IAM doesn't know: `/team/token:3`."""
+    arn = name if name.startswith("arn:") else place.arn("ssm", f"parameter/{name.lstrip('/')}")
+    return ":".join(arn.split(":")[:6])
 
 
 # ---- as IAM takes it

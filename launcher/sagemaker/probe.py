@@ -156,6 +156,8 @@ def _unknown_types(names: Sequence[str]) -> Iterator[Problem]:
 # ---- one account
 
 
+_NAMED = {"PassRole": "", "Jobs": "; one for jobs of certain names is enough where this one's is among them"}
+"""Needs of the submitter that are asked about → what may make a no of the simulator a yes."""
 _EMPTY = "yes, with nothing in it yet"
 """A service's answer."""
 
@@ -198,9 +200,10 @@ class _Look:
         policy = f"`cvlaunch targets policy {self.account.name} --of"
         caller = self._principal()
         for need in submitter_needs(place) if caller else ():
-            if need.name in ("Jobs", "PassRole") and (denied := self._denied(str(caller), need)):
+            if need.name in _NAMED and (denied := self._denied(str(caller), need)):
                 what = f"you may not do {', '.join(denied)} on {need.resources[0]}"
-                yield Problem("profile", f"{what}: ask for the policy that {policy} submitter` prints")
+                way_out = f"ask for the policy that {policy} submitter` prints{_NAMED[need.name]}"
+                yield Problem("profile", f"{what}: {way_out}", fatal=not _NAMED[need.name])
         for need in role_needs(place):
             if need.name in ("OutputObjects", "Image", "Logs") and (denied := self._denied(role, need)):
                 what = f"the role may not do {', '.join(denied)} on {need.resources[0]}, for {need.purpose}"

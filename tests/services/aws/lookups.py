@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import urllib.parse
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
@@ -12,7 +13,8 @@ __all__ = ["Lookups"]
 
 
 class Lookups:
-    """denied: actions that the simulator says no to, for everybody. layers: digest → its content (JSON).
+    """denied: actions that the simulator says no to, for everybody. limited: action → resource that a policy names with
+    `*`, the only one that it is allowed on. layers: digest → its content (JSON).
 
     asked: principals that were asked about.
     """
@@ -22,6 +24,7 @@ class Lookups:
 
     def clear(self) -> None:
         self.denied: set[str] = set()
+        self.limited: dict[str, str] = {}
         self.layers: dict[str, Json] = {}
         self.asked: list[str] = []
 
@@ -37,7 +40,7 @@ class Lookups:
         self.asked.append(form["PolicySourceArn"][0])
         members = "".join(
             f"<member><EvalActionName>{escape(action)}</EvalActionName><EvalResourceName>{escape(resource)}"
-            f"</EvalResourceName><EvalDecision>{'implicitDeny' if action in self.denied else 'allowed'}</EvalDecision>"
+            f"</EvalResourceName><EvalDecision>{self._decision(action, resource)}</EvalDecision>"
             "</member>"
             for action in _listed(form, "ActionNames")
             for resource in _listed(form, "ResourceArns")
@@ -48,6 +51,11 @@ class Lookups:
             "</SimulatePrincipalPolicyResponse>"
         )
         return Answer(200, text.encode(), {"Content-Type": "text/xml"})
+
+    def _decision(self, action: str, resource: str) -> str:
+        """A `*` in what is asked about stands for itself, as for IAM."""
+        there = fnmatch.fnmatchcase(resource, self.limited.get(action, "*"))
+        return "allowed" if there and action not in self.denied else "implicitDeny"
 
     def _address(self, digest: str, endpoint: str) -> Answer:
         if digest not in self.layers:

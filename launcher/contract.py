@@ -52,10 +52,12 @@ __all__ = [
     "Code",
     "JobFile",
     "Layout",
+    "being_uploaded",
     "canonical_json",
     "channel_variable",
     "check_checkpoint",
     "complete_checkpoint",
+    "is_marker",
     "newest_checkpoint",
     "read_json",
     "sha256_file",
@@ -290,26 +292,48 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+_UPLOADING, _UPLOADED = ".sagemaker-uploading", ".sagemaker-uploaded"
+"""SageMaker's agent puts the first beside a file of checkpoints/ while it sends it, then the second in its place.
+
+https://github.com/aws/sagemaker-xgboost-container, src/sagemaker_xgboost_container/checkpointing.py
+"""
+
+
+def is_marker(name: str) -> bool:
+    """Whether a file of that name is a platform's remark on the one beside it, which comes and goes at any time."""
+    return name.endswith((_UPLOADING, _UPLOADED))
+
+
+def being_uploaded(folder: Path) -> bool:
+    """Whether the platform is sending a file in `folder`, as its markers say: not the moment to remove it."""
+    names = {str(path) for path in folder.rglob("*")}
+    files = (name.removesuffix(_UPLOADING) for name in names if name.endswith(_UPLOADING))
+    return any(file in names and file + _UPLOADED not in names for file in files)
+
+
 def complete_checkpoint(folder: Path, **extra: object) -> None:
     """Ends a checkpoint: writes `complete.json` with size and SHA-256 of each file. Without it, it does not exist.
 
-    extra: JSON values kept beside the files, such as step, epoch and metric.
+    A platform's markers are no files of it. extra: JSON values kept beside the files, such as step, epoch and metric.
     """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != COMPLETE and not path.name.endswith(".part")
+        if path.is_file() and path.name != COMPLETE and not path.name.endswith(".part") and not is_marker(path.name)
     }
     write_json(folder / COMPLETE, {"files": files, **extra})
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The content of `complete.json` if every file is there and has its recorded hash, else None."""
+def check_checkpoint(folder: Path, *, read: bool = True) -> dict[str, Any] | None:
+    """The content of `complete.json` if every file is there and has its recorded hash, else None.
+
+    read: False takes its size to be enough, and reads none of them.
+    """
     try:
         complete: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
         for name, facts in complete["files"].items():
             path = folder / name
-            if path.stat().st_size != facts["size"] or sha256_file(path) != facts["sha256"]:
+            if path.stat().st_size != facts["size"] or (read and sha256_file(path) != facts["sha256"]):
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -44,7 +44,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from launcher.contract import ARTIFACTS, JOB, MIRROR, OUTPUT_FOLDERS, PACKED, SEGMENTS, STARTED, write_json
+from launcher.contract import ARTIFACTS, JOB, MIRROR, OUTPUT_FOLDERS, PACKED, SEGMENTS, STARTED, is_marker, write_json
 from launcher.errors import CapacityError, CvlaunchError, IntegrityError, SpecError
 from launcher.quantities import format_size
 from launcher.stores import (
@@ -325,10 +325,11 @@ def _what_there_is(home: _Home) -> tuple[list[_File], list[_Archive]]:
     """Files and archives, the files as far as they are wanted."""
     store = home.store
     single = [entry for path in _FILES if (entry := store.head(path)) is not None]
-    objects = {entry.path: entry for entry in (*single, *(e for folder in FOLDERS for e in store.list(folder)))}
+    listed = (entry for folder in FOLDERS for entry in store.list(folder))
+    objects = {entry.path: entry for entry in (*single, *listed) if not _in_passing(entry.path)}
     in_mirror = [objects.pop(path) for path in list(objects) if path.startswith(f"{MIRROR}/")]
     own = _files_of(objects, _segments(store.list(SEGMENTS)))
-    views = list(_newest_views(store.list(ARTIFACTS)))
+    views = list(_newest_views(entry for entry in store.list(ARTIFACTS) if not _in_passing(entry.path)))
     others = _newer(_mirrored(in_mirror), {v.path: _File(v.path, v.entry, {}) for v in views if v.path})
     archives = [_archive(view, own, others) for view in views if not view.path]
     brought = {path for a in archives for path in home.state.archives.get(a.version, {}) if path not in a.kept}
@@ -336,6 +337,11 @@ def _what_there_is(home: _Home) -> tuple[list[_File], list[_Archive]]:
     files = [file for path, file in found.items() if home.wish.has(path)]
     _refuse_clashes(store.uri, (file.path for file in files))
     return files, archives
+
+
+def _in_passing(path: str) -> bool:
+    """Of what is being written, as a platform syncs it, too (`checkpoints/.7.part/`); and a platform's markers."""
+    return any(is_part_file(name) or is_marker(name) for name in path.split("/"))
 
 
 def _archive(view: _View, own: Mapping[str, _File], others: Mapping[str, _File]) -> _Archive:

@@ -16,9 +16,12 @@ from typing import Any
 from launcher.contract import JobFile
 from launcher.stores import file_uri
 
-__all__ = ["RUNNER", "Ended", "RunnerWorld", "Running", "python", "until"]
+__all__ = ["AS_SOMEONE", "RUNNER", "Ended", "RunnerWorld", "Running", "folder_of_another", "python", "until"]
 
 RUNNER = (sys.executable, "-m", "launcher.runner")
+AS_SOMEONE = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
+"""A uid without an entry in passwd and without a home, as OpenShift and OVH give; what root owns is its own."""
+_NOBODY = 65534
 IN_PLACE = {"checkpoints": "in_place", "model": "in_place", "output": "in_place"}
 UPLOADED = {"checkpoints": "runner", "model": "runner", "output": "runner"}
 
@@ -46,6 +49,12 @@ def metrics(step, **values):
 def python(code: str) -> tuple[str, ...]:
     """A command that runs `code`, with a few helpers of a well-behaved job at hand."""
     return (sys.executable, "-c", PRELUDE + code)
+
+
+def folder_of_another(path: Path) -> Path:
+    path.mkdir()
+    os.chown(path, _NOBODY, _NOBODY)
+    return path
 
 
 def until(condition: Callable[[], object], seconds: float = 120.0) -> None:

@@ -16,9 +16,7 @@ from launcher.contract import Channel
 from launcher.errors import SpecError
 from launcher.runner.claim import Owner, claim
 from launcher.stores import Store, file_uri, open_store
-from tests.runner_world import RUNNER, RunnerWorld, python
-
-NOBODY = 65534
+from tests.runner_world import AS_SOMEONE, RUNNER, RunnerWorld, folder_of_another, python
 
 
 @pytest.fixture
@@ -141,16 +139,6 @@ def test_platform_that_starts_the_same_job_again(world: RunnerWorld) -> None:
     for attempt in (1, 2):
         assert world.end(job, env={"SLURM_JOB_ID": "4711"}).code == 0
         assert world.result["attempt"] == attempt and "ran" in world.log(attempt)
-
-
-AS_SOMEONE = ("unshare", "--user", "--map-user=12345", "--map-group=12345")
-"""A uid without an entry in passwd and without a home, as OpenShift and OVH give; what root owns is its own."""
-
-
-def folder_of_another(path: Path) -> Path:
-    path.mkdir()
-    os.chown(path, NOBODY, NOBODY)
-    return path
 
 
 @pytest.mark.needs("root", "unshare")

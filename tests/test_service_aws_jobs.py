@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.services.aws import REGION, AwsCloud
+from tests.services.aws import AwsCloud
 from tests.services.aws.wire import Json
 
 pytestmark = pytest.mark.needs("podman", "debootstrap")
@@ -95,7 +95,7 @@ def test_a_job_gets_its_files_and_leaves_its_results(lab: Lab) -> None:
     lab.put("data/fast/3.txt", "three")
     script = """
     cd /opt/ml; find input -type f | sort; cat input/config/resourceconfig.json input/config/hyperparameters.json
-    echo; echo $TRAINING_JOB_NAME $TRAINING_JOB_ARN $AWS_REGION $MINE; df -k /dev/shm | tail -1
+    echo; echo $TRAINING_JOB_NAME $TRAINING_JOB_ARN ${AWS_REGION:-nowhere} $MINE; df -k /dev/shm | tail -1
     touch input/data/fast/4 2>&1 && echo writable
     touch input/data/train/4 && echo loss=0.5 && echo loss=0.25 && echo to stderr >&2
     echo m > model/m; mkdir output/data/rank-0; echo o > output/data/rank-0/o
@@ -119,7 +119,7 @@ def test_a_job_gets_its_files_and_leaves_its_results(lab: Lab) -> None:
     written = next(line for line in lines if '"current_host"' in line)
     config, _ = json.JSONDecoder().raw_decode(written)
     assert (config["current_host"], config["hosts"]) == ("algo-1", ["algo-1"])
-    assert f"tiny-1 {said['TrainingJobArn']} {REGION} a b" in lines
+    assert f"tiny-1 {said['TrainingJobArn']} nowhere a b" in lines
     assert "writable" not in lines and "to stderr" in lines
     assert any(line.split()[1] == "65536" for line in lines if "/dev/shm" in line)
     assert [(m["MetricName"], m["Value"]) for m in said["FinalMetricDataList"]] == [("loss", 0.25)]
@@ -217,6 +217,25 @@ def test_checkpoints_come_back_after_an_interruption(lab: Lab) -> None:
     assert lab.keys("kept/") == ["kept/b", "kept/gone", "kept/last"]
 
 
+def test_files_that_are_synced_have_marks_beside_them(lab: Lab) -> None:
+    script = """
+    cd /opt/ml/checkpoints; mkdir 1; echo one > 1/a; echo mine > b.sagemaker-ignore
+    until [ -f 1/a.sagemaker-uploaded ]; do sleep 0.02; done; find . -type f | sort
+    rm 1/a; while [ -f 1/a.sagemaker-uploaded ]; do sleep 0.02; done; ls 1 | wc -l; echo two > c
+    """
+    lab.start(script, CheckpointConfig={"S3Uri": f"{lab.uri}/kept"})
+    assert lab.ended()["TrainingJobStatus"] == "Completed"
+    marked = [line for line in lab.lines() if not line.startswith("./1/a.sagemaker-uploading")]
+    assert marked == ["./1/a", "./1/a.sagemaker-uploaded", "./b.sagemaker-ignore", "0"]
+    assert lab.keys("kept/") == ["kept/c"]
+
+
+def test_what_the_platform_mounts_is_root_s(lab: Lab) -> None:
+    lab.start("cd /opt/ml; stat -c '%A %u %n' . input/config model output output/data checkpoints")
+    assert lab.ended()["TrainingJobStatus"] == "Completed"
+    assert all(line.startswith("drwxr-xr-x 0 ") for line in lab.lines()), lab.lines()
+
+
 def test_two_instances_know_each_other(lab: Lab) -> None:
     lab.cloud.late_names_s = 600
     script = """
@@ -284,9 +303,9 @@ def test_hold_crash_and_retry(lab: Lab) -> None:
 
 def test_keys_of_the_role_are_renewed(lab: Lab, trainer_image: str) -> None:
     script = """
-import os, boto3, botocore.session
+import boto3, botocore.session
 one, two = (botocore.session.Session().get_credentials().get_frozen_credentials().access_key for _ in range(2))
-print(one != two, boto3.client("sts", region_name=os.environ["AWS_REGION"]).get_caller_identity()["Arn"])
+print(one != two, boto3.client("sts", region_name="eu-west-1").get_caller_identity()["Arn"])
 """
     lab.cloud.serve_image(lab.cloud.reference(), image=trainer_image)
     command = ["/opt/venv/bin/python", "/opt/ml/input/data/code/run"]

@@ -31,6 +31,7 @@ __all__ = [
     "ecr_login",
     "obstore_credentials",
     "parameter",
+    "region_variables",
     "s3_endpoint",
     "secret",
     "session",
@@ -185,6 +186,19 @@ def ecr_login(host: str, profile: str | None = None) -> tuple[str, str] | None:
     token = base64.b64decode(answer["authorizationData"][0]["authorizationToken"]).decode()
     user, _, password = token.partition(":")
     return user, password
+
+
+def region_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """AWS_REGION and AWS_DEFAULT_REGION, as far as a training job of SageMaker lacks them: its own region's.
+
+    The job's name and ARN are all that its environment is promised to say:
+    https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html
+    """
+    job = environ.get("TRAINING_JOB_ARN", "").split(":")
+    if len(job) < 6:
+        return {}
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or job[3]
+    return {name: region for name in ("AWS_REGION", "AWS_DEFAULT_REGION") if not environ.get(name)}
 
 
 def secret(reference: str) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.contract import JOB, MIRROR, PACKED, STARTED
+from launcher.contract import JOB, MIRROR, PACKED, STARTED, is_marker
 from launcher.runner.place import Place
 from launcher.stores import is_part_file
 
@@ -33,4 +33,6 @@ def pack(place: Place) -> None:
 def _kept(home: Path, *, first: bool) -> Iterator[Path]:
     files = (STARTED, JOB) if first else (STARTED,)
     yield from (home / name for name in files if (home / name).is_file())
-    yield from (path for path in (home / "output").rglob("*") if path.is_file() and not is_part_file(path.name))
+    for path in (home / "output").rglob("*"):
+        if path.is_file() and not is_part_file(path.name) and not is_marker(path.name):
+            yield path

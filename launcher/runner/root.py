@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.contract import DEFAULT_ROOT, MIRROR, JobFile, Layout
+from launcher.contract import DEFAULT_ROOT, MIRROR, OUTPUT_FOLDERS, JobFile, Layout
 from launcher.errors import SpecError
 from launcher.stores import file_uri, join_uri, path_of
 
@@ -36,12 +36,25 @@ def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:
     if in_place(job):
         return Layout(_in_place_root(job, environ)), ""
     wanted = Path(environ.get("CVLAUNCH_ROOT") or DEFAULT_ROOT)
+    if "platform" in job.movers.values():
+        _check_platform_s(wanted)
     if writable(wanted):
         return Layout(wanted), ""
     instead = Path(environ.get("TMPDIR") or "/tmp") / "cvlaunch" / job.run_id  # noqa: S108 - named in the contract
     if writable(instead):
         return Layout(instead), f"{wanted} can't be written by uid {os.getuid()}; the root is {instead}"
     raise SpecError(f"neither {wanted} nor {instead} can be written by uid {os.getuid()}; set CVLAUNCH_ROOT")
+
+
+def _check_platform_s(root: Path) -> None:
+    """SpecError if a folder can't be written from which the platform takes results: it looks nowhere else."""
+    folder = next((path for path in (root, *(root / name for name in OUTPUT_FOLDERS)) if not writable(path)), None)
+    if folder:
+        raise SpecError(
+            f"uid {os.getuid()} can't write to {folder}, and what is written elsewhere is lost on this platform, whose "
+            "folders are root's: let the image's USER be root (`USER 0` at the end of its Dockerfile, or of one that "
+            "begins FROM it)"
+        )
 
 
 def _in_place_root(job: JobFile, environ: Mapping[str, str]) -> Path:

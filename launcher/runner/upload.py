@@ -22,7 +22,7 @@ from pathlib import Path
 from launcher import contract
 from launcher.contract import COMPLETE, METRICS, SEGMENTS
 from launcher.errors import IntegrityError, SpecError
-from launcher.stores import Store, check_path, is_part_file
+from launcher.stores import Store, check_path
 from launcher.sync import read_appended, segment_path
 
 __all__ = ["Pace", "Uploader"]
@@ -390,6 +390,6 @@ def _is_appended(path: str) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    if path.name.endswith(".part") or is_part_file(path.name):
+    if path.name.endswith(".part") or contract.is_marker(path.name):
         return False
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where a folder can't be entered

@@ -67,7 +67,7 @@ class Instance:
     # -- before -------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """NoDataError if a channel has none."""
+        """All of it belongs to root, who alone can write. NoDataError if a channel has none."""
         for name in ("input/config", "input/data", "model", "output/data", "checkpoints"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         config = self.root / "input/config"
@@ -84,7 +84,7 @@ class Instance:
             self.checkpoints = Checkpoints(self.place.account, wanted["S3Uri"], self._checkpoint_folder())
             self.checkpoints.restore()
         for path in [self.root, *self.root.rglob("*")]:
-            path.chmod(0o777 if path.is_dir() else 0o666)
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
     def _resources(self) -> Json:
         hosts, kind = [f"algo-{number}" for number in range(1, self.place.count + 1)], self.job.instance.type

@@ -215,7 +215,6 @@ class Run(threading.Thread):
         name = f"{self._settings.owner}-{mark}"
         self._containers.append(name)
         environment = {"TRAINING_JOB_NAME": self.job.name, "TRAINING_JOB_ARN": self.job.arn}
-        environment["AWS_REGION"] = self.job.region
         if not self.job.posted.get("EnableNetworkIsolation"):
             environment["AWS_CONTAINER_CREDENTIALS_FULL_URI"] = self._credentials(self.job)
             environment["AWS_ENDPOINT_URL"] = self._settings.endpoint

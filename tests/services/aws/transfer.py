@@ -15,6 +15,10 @@ from tests.services.aws.wire import Json
 
 __all__ = ["Checkpoints", "NoDataError", "download_channel", "files_in", "upload_folder"]
 
+_UPLOADING, _UPLOADED, _IGNORED = ".sagemaker-uploading", ".sagemaker-uploaded", ".sagemaker-ignore"
+"""What SageMaker's agent puts beside a file as it sends it, and what it never sends:
+https://github.com/aws/sagemaker-xgboost-container, src/sagemaker_xgboost_container/checkpointing.py"""
+
 _NO_OBJECTS = (
     'No S3 objects found under S3 URL "{uri}" given in input data source. Please ensure that the bucket exists in the '
     'selected region ({region}), that objects exist under that S3 prefix, and that the role "{role}" has '
@@ -115,18 +119,35 @@ class Checkpoints:
         self._sent = dict(self._states())
 
     def sync(self) -> None:
-        """As the platform does it all the time: whatever stands there, half written or not."""
+        """As the platform does it all the time: whatever stands there, half written or not; its marks are beside it."""
         states = dict(self._states())
-        for name, state in states.items():
-            if self._sent.get(name) != state:
-                with contextlib.suppress(FileNotFoundError):
-                    self._account.write(self._bucket, self._prefix + name, (self._folder / name).read_bytes())
+        changed = [name for name, state in states.items() if self._sent.get(name) != state]
+        for name in changed:  # several leave at once
+            self._mark(name, _UPLOADING, instead_of=_UPLOADED)
+        for name in changed:
+            with contextlib.suppress(FileNotFoundError):
+                self._account.write(self._bucket, self._prefix + name, (self._folder / name).read_bytes())
+            self._mark(name, _UPLOADED, instead_of=_UPLOADING)
         for name in self._sent.keys() - states.keys():
             self._account.delete(self._bucket, self._prefix + name)
+            self._unmark(name, _UPLOADED)
         self._sent = states
+
+    def _mark(self, name: str, mark: str, *, instead_of: str) -> None:
+        """What is gone meanwhile, or has gone with its folder, gets none."""
+        with contextlib.suppress(OSError):
+            if (self._folder / name).is_file():
+                (self._folder / f"{name}{mark}").touch()
+        self._unmark(name, instead_of)
+
+    def _unmark(self, name: str, mark: str) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / f"{name}{mark}").unlink(missing_ok=True)
 
     def _states(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for name, path in files_in(self._folder):
+            if name.endswith((_UPLOADING, _UPLOADED, _IGNORED)):
+                continue
             with contextlib.suppress(OSError):
                 found = path.stat()
                 yield name, (found.st_mtime_ns, found.st_size)

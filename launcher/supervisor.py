@@ -51,7 +51,7 @@ _LOOK_S = 0.1
 """How often it is seen whether a container has been made; after that nothing is polled."""
 _KILLED = 137
 
-_LOCK_PATIENCE_S = 3.0
+_LOCK_PATIENCE_S = 30.0
 """Whoever asks for the lock has it for an instant, and a supervisor for a moment after it has written exit.json."""
 
 

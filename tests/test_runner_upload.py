@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -401,6 +403,28 @@ def test_pulse_beats_and_hears(store: CountingStore) -> None:
     store.write("control/cancel", b"")
     pulse.tick()
     assert stop.reason is Reason.CANCELLED
+
+
+def test_no_beat_comes_after_the_last(store: CountingStore) -> None:
+    """A beat that a slow store held up would say of an ended run that it goes on."""
+    phase, held, go_on = ["running"], threading.Event(), threading.Event()
+
+    def facts() -> dict[str, str]:
+        said = {"phase": phase[0]}
+        if threading.current_thread() is not threading.main_thread():
+            held.set()
+            assert go_on.wait(60)
+        return said
+
+    pulse = Pulse(store, Stop(), facts, rhythm=Rhythm(look_quick_s=0.01))
+    pulse.start()
+    assert held.wait(60)
+    threading.Timer(0.3, go_on.set).start()
+    pulse.end()
+    phase[0] = "ended"
+    pulse.beat()
+    time.sleep(0.5)
+    assert json.loads(store.read("heartbeat"))["phase"] == "ended"
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from launcher.stores import Store
 __all__ = ["Pulse", "Rhythm", "read_heartbeat"]
 
 _WATCH_FRESH_S = 60.0
+_LAST_TICK_S = 5.0
+"""How long the end waits for a look that is under way."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,16 @@ class Pulse:
         self._beat_at = 0.0
         self._watch_seen: tuple[float, float] | None = None
         self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread.start()
 
     def end(self) -> None:
+        """No beat of the thread's comes after this, so that the next one is the last."""
         self._end.set()
+        if self._thread.ident:
+            self._thread.join(_LAST_TICK_S)
 
     def _run(self) -> None:
         while not self._end.wait(self._rhythm.look_quick_s if self.quick else self._rhythm.look_s):

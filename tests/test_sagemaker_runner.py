@@ -21,8 +21,9 @@ from launcher.status import State
 from launcher.stores import FolderStore, file_uri
 from launcher.submission import prepare
 from launcher.sync import read_appended, sync_run
-from tests.runner_world import RunnerWorld, Running, python, until
+from tests.runner_world import AS_SOMEONE, RunnerWorld, Running, folder_of_another, python, until
 from tests.s3_fixtures import Bucket
+from tests.services.aws import AwsCloud
 
 ARN = "arn:aws:sagemaker:eu-west-1:123456789012:training-job/shapes-1"
 JOB = {"TRAINING_JOB_NAME": "shapes-1", "TRAINING_JOB_ARN": ARN}
@@ -54,7 +55,8 @@ def world(tmp_path: Path) -> RunnerWorld:
 def machine_is_taken(world: RunnerWorld) -> None:
     """Spot: /opt/ml is fresh, but for the checkpoints that the platform restores."""
     world.root.rename(taken := world.folder / "taken")
-    shutil.copytree(taken / "checkpoints", world.root / "checkpoints")
+    markers = shutil.ignore_patterns("*.sagemaker-uploading", "*.sagemaker-uploaded")  # which don't leave
+    shutil.copytree(taken / "checkpoints", world.root / "checkpoints", ignore=markers)
     shutil.rmtree(taken)
 
 
@@ -161,6 +163,24 @@ def test_a_spot_restart_goes_on_from_what_the_platform_restored(world: RunnerWor
     assert (world.root / "checkpoints/2/complete.json").is_file() and (world.root / "model/best.pt").is_file()
 
 
+MARKED = """
+def checkpoint(step):
+    folder = ml.checkpoints / str(step)
+    folder.mkdir()
+    for name in ("weights", "weights.sagemaker-uploading", "other.sagemaker-uploaded"):
+        (folder / name).touch()
+    complete_checkpoint(folder, step=step)
+"""
+
+
+def test_markers_of_the_platform_s_agent_are_no_part_of_a_checkpoint(world: RunnerWorld) -> None:
+    job = world.job(python(MARKED + ONE_STEP), movers=MOVED)
+    preempted(world, job)
+    machine_is_taken(world)
+    ended = world.end(job, env=JOB)
+    assert ended.code == 0 and "step 2" in ended.output
+
+
 def test_a_job_sent_again_is_the_next_attempt_only_when_it_says_so(world: RunnerWorld) -> None:
     job = world.job(python(ONE_STEP), movers=MOVED)
     preempted(world, job)
@@ -257,6 +277,32 @@ def test_without_network_everything_comes_home_all_the_same(world: RunnerWorld) 
     assert {path.name for path in (home / "output/data").iterdir()} == {"mine.csv"}
     assert not (home / MIRROR).exists() and (home / "checkpoints/2/complete.json").is_file()
     assert not (world.root / MIRROR / "output/data").exists()  # kept once
+
+
+IN_PASSING = ("checkpoints/.9.part/weights", "checkpoints/9/weights.sagemaker-uploaded")
+BESIDE = """
+(ml.checkpoints / ".cvlaunch/output/logs").mkdir(parents=True, exist_ok=True)
+(ml.checkpoints / ".cvlaunch/output/logs/attempt-1.node-0.log.sagemaker-uploaded").touch()
+(ml.output / "mine.csv.sagemaker-uploading").touch()
+"""
+
+
+def test_what_the_platform_puts_beside_files_comes_nowhere(world: RunnerWorld) -> None:
+    """Its agent syncs the mirror, too; what is half written is synced as it stands."""
+    store = FolderStore(world.folder / "store")
+    job = isolated_job(world, python(DATA + BESIDE))
+    assert world.end(job, env=mounted(world, job)).code == 0
+    platform_takes(world, store, "shapes-1")
+    for path in IN_PASSING:
+        store.write(path, b"w")
+    home = world.folder / "home"
+    sync_run(store, home)
+    everything = [path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()]
+    assert "output/data/mine.csv" in everything and "output/logs/attempt-1.node-0.log" in everything
+    packed = [path.name for path in (world.root / "output/data").rglob("*")]
+    kept = [path.name for path in (world.root / MIRROR).rglob("*.sagemaker-*")]
+    assert kept == ["attempt-1.node-0.log.sagemaker-uploaded"]
+    assert not [name for name in (*everything, *packed) if ".sagemaker-" in name or ".part" in name]
 
 
 def test_a_failure_without_network_is_packed_with_its_reason(world: RunnerWorld) -> None:
@@ -376,3 +422,66 @@ def test_no_more_grace_is_counted_on_than_the_platform_gives(world: RunnerWorld)
 def test_a_grace_that_is_no_time(world: RunnerWorld, text: str) -> None:
     ended = world.end(world.job(("true",)), env={"CVLAUNCH_GRACE": text})
     assert ended.code == 64 and f"CVLAUNCH_GRACE is '{text}'; expected seconds" in ended.output
+
+
+# -- region -----------------------------------------------------------------------------------------------------------
+
+REGIONS = "print('regions', os.environ.get('AWS_REGION'), os.environ.get('AWS_DEFAULT_REGION'))"
+
+
+@pytest.mark.parametrize(
+    ("env", "job_env", "regions"),
+    [
+        ({}, {}, "eu-west-1 eu-west-1"),
+        (
+            {"TRAINING_JOB_ARN": ARN.replace("arn:aws:", "arn:aws-cn:").replace("eu-west-1", "cn-north-1")},
+            {},
+            "cn-north-1 cn-north-1",
+        ),
+        ({"AWS_REGION": "us-west-2"}, {}, "us-west-2 us-west-2"),
+        ({}, {"AWS_DEFAULT_REGION": "us-west-2"}, "us-west-2 us-west-2"),
+        ({"TRAINING_JOB_ARN": "shapes-1"}, {}, "None None"),
+    ],
+)
+def test_the_region_is_the_job_s(
+    world: RunnerWorld, env: dict[str, str], job_env: dict[str, str], regions: str
+) -> None:
+    """SageMaker promises the job's ARN and no AWS_REGION."""
+    ended = world.end(world.job(python(REGIONS), movers=MOVED, env=job_env), env={**JOB, **env})
+    assert ended.code == 0 and f"regions {regions}\n" in ended.output
+
+
+def test_stores_and_secrets_are_those_of_the_job_s_region(
+    world: RunnerWorld, aws: AwsCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    aws.client("secretsmanager").create_secret(Name="token", SecretString="of Secrets Manager")
+    aws.client("ssm").put_parameter(Name="/token", Value="of SSM", Type="SecureString")
+    bucket = aws.bucket()
+    secrets = {"ONE": "store:secretsmanager:token", "TWO": "store:ssm:/token"}
+    job = world.job(
+        python("print(len(os.environ['ONE']), len(os.environ['TWO']))"), output=f"{bucket}/runs", secrets=secrets
+    )
+    ended = world.end(job, env=JOB)
+    assert ended.code == 0 and "18 6" in ended.output, ended.output
+    assert b"SUCCEEDED" in (aws.account.read(bucket.removeprefix("s3://"), f"runs/shapes-1/{contract.RESULT}") or b"")
+
+
+# -- folders of root's ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("root", "unshare")
+@pytest.mark.parametrize("closed", [".", "checkpoints", "model", "output"])
+@pytest.mark.parametrize("movers", [MOVED, ISOLATED])
+def test_folders_that_only_root_can_write_are_no_place_for_results(
+    world: RunnerWorld, closed: str, movers: dict[str, str]
+) -> None:
+    """As of an image whose USER is another: elsewhere, checkpoints and model would be lost."""
+    if closed != ".":
+        world.root.mkdir()
+    folder = folder_of_another(world.root / closed)
+    env = {**JOB, "TMPDIR": str(world.folder)}
+    ended = world.end(world.job(python("print('ran')"), movers=movers), prefix=AS_SOMEONE, env=env)
+    assert ended.code == 64 and "ran" not in ended.output and "Traceback" not in ended.output
+    assert f"uid 12345 can't write to {folder}" in ended.output and "`USER 0`" in ended.output

@@ -494,6 +494,23 @@ def test_an_evicted_pod_is_replaced_and_not_counted(kube: KubeCluster, namespace
     assert exit_of(kube, namespace, "one") == (137, "OOMKilled")
 
 
+@pytest.mark.parametrize("first", ["train", "init"])
+def test_a_pod_that_is_deleted_before_it_starts(kube: KubeCluster, namespace: str, first: str) -> None:
+    """A node can say no more than that it has not found the first container: it counts as one that was killed."""
+    pod = {"initContainers": [{"name": first, "image": "nobody/has:it"}]} if first == "init" else {}
+    policy = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [137]}}]}
+    kube.create("job", namespace, job("one", "true", pod=pod, podFailurePolicy=policy))
+    kube.delete_pod(namespace, kube.wait(lambda: [p for p in kube.pods(namespace) if waits(p)])[0]["metadata"]["name"])
+    message = condition(end_of(kube, namespace, "one"), "Failed")["message"]
+    assert message.startswith(f"Container {first} for pod ") and "failed with exit code 137 matching" in message
+
+
+def waits(pod: Json) -> bool:
+    """For an image that nobody has."""
+    found = [*pod["status"].get("initContainerStatuses", ()), *pod["status"].get("containerStatuses", ())]
+    return any(container["state"].get("waiting", {}).get("reason") == "ErrImagePull" for container in found)
+
+
 GREEDY = "x=$(head -c 100000000 /dev/zero | tr '\\0' a)"
 
 

@@ -39,6 +39,14 @@ _RETRY_S = 0.2
 _BACK_OFF_S = (0.0, 0.2, 0.5, 1.0)
 _SERVED_TRIES = 5
 """For an image that is there for sure."""
+_NOT_FOUND: Json = {
+    "exitCode": 137,
+    "reason": "ContainerStatusUnknown",
+    "message": "The container could not be located when the pod was terminated",
+    "startedAt": None,
+    "finishedAt": None,
+}
+"""Of a container that never started, when its pod has ended (TerminatePod, pkg/kubelet/status/status_manager.go)."""
 _DEADLINE = "Pod was active on the node longer than the specified deadline"
 
 
@@ -129,7 +137,7 @@ class Kubelet:
 
 @dataclass
 class _Slot:
-    """A container of the pod: what runs, and what ran before."""
+    """A container of the pod: what runs, and what ran before. given_up: its pod ended before it had started."""
 
     spec: Json
     run: ContainerRun | None = None
@@ -138,6 +146,7 @@ class _Slot:
     waiting: Json = field(default_factory=lambda: {"reason": "ContainerCreating"})
     again_at: float | None = None
     image_id: str = ""
+    given_up: bool = False
 
     @property
     def name(self) -> str:
@@ -210,13 +219,18 @@ class PodWorker:
                     return
             self._run_to_end(self.slots)
         except _Stopped:
-            for slot in self.slots:
-                if slot.run is None and not self._lost:
-                    slot.waiting = {"reason": "ContainerCreating"}
+            self._give_up()
             self._finish("Failed")
             return
         codes = [slot.run.terminated.get("exitCode", 1) if slot.run else 1 for slot in self.slots]
         self._finish("Failed" if self.reason or any(codes) else "Succeeded")
+
+    def _give_up(self) -> None:
+        """Of the containers, or of the first init container. The kubelet of a lost node says nothing any more."""
+        initialized = all(slot.run and slot.run.terminated.get("exitCode") == 0 for slot in self.inits)
+        begun = any(slot.run for slot in self.inits)
+        for slot in self.slots if initialized else self.inits[: 0 if begun else 1]:
+            slot.given_up = slot.run is None and not self._lost
 
     def _patiently(self, attempt: Callable[[], Any], error: type[Exception], reason: str) -> Any:
         """Again and again until it works. _Stopped if the pod is to end meanwhile."""
@@ -589,7 +603,7 @@ def _running(slot: _Slot) -> bool:
 
 
 def _slot_status(slot: _Slot) -> Json:
-    run, state = slot.run, {"waiting": slot.waiting}
+    run, state = slot.run, {"terminated": _NOT_FOUND} if slot.given_up else {"waiting": slot.waiting}
     if run and run.terminated and slot.again_at is None:
         state = {"terminated": run.terminated}
     elif run and not run.terminated:

@@ -34,7 +34,8 @@ KUEUE = "/apis/kueue.x-k8s.io/v1beta1"
 
 @dataclass
 class Answers:
-    """What a server says. lists: path → items. hidden: forbidden paths. denied: (verb, resource) of the user."""
+    """What a server says. lists: path → items. hidden: forbidden paths. denied: (verb, resource) of the user.
+    accounts: service account → SCCs that it may use; None: the user may not ask."""
 
     version: str = "v1.33.4"
     groups: tuple[str, ...] = ("batch", "apps")
@@ -42,6 +43,7 @@ class Answers:
     lists: dict[str, list[Json]] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     denied: set[tuple[str, str]] = field(default_factory=set)
+    accounts: dict[str, set[str]] | None = None
     user: str | None = "ada"
     token: str = "good"
     url: str = ""
@@ -69,8 +71,21 @@ class Answers:
             said = {"status": {"userInfo": {"username": self.user}}}
             return (201, said) if self.user else (404, refusal(404, "the server could not find the requested resource"))
         asked = body["spec"]["resourceAttributes"]
+        if path.endswith("/localsubjectaccessreviews"):
+            return self.of_account(path, body["spec"])
+        if asked["verb"] == "use" and asked.get("namespace") != "vision":  # a RoleBinding gives it in the namespace
+            return 201, {"status": {"allowed": False}}
         resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"), asked.get("name"))))
         return 201, {"status": {"allowed": (asked["verb"], resource) not in self.denied}}
+
+    def of_account(self, path: str, spec: Json) -> tuple[int, Json]:
+        if self.accounts is None:
+            what = 'User "ada" cannot create resource "localsubjectaccessreviews" in API group "authorization.k8s.io"'
+            return 403, refusal(403, f"localsubjectaccessreviews is forbidden: {what}")
+        name, asked = spec["user"].rpartition(":")[2], spec["resourceAttributes"]
+        assert path.split("/")[-2] == asked["namespace"] == "vision"
+        assert {"system:authenticated", "system:serviceaccounts:vision"} <= {*spec["groups"]}
+        return 201, {"status": {"allowed": asked["name"] in self.accounts[name]}}
 
 
 KNOWN = {
@@ -310,7 +325,20 @@ def test_a_namespace_s_level_and_one_that_is_not_there(cluster: Callable[..., Cl
 def test_security_context_constraints_that_may_be_used(cluster: Callable[..., Cluster]) -> None:
     denied = {("use", f"securitycontextconstraints/{name}") for name in ("anyuid", "hostmount-anyuid", "privileged")}
     found = probe(cluster(Answers(groups=("security.openshift.io",), denied=denied)))
-    assert found.sccs == ("restricted-v2", "restricted", "nonroot-v2", "nonroot")
+    assert (found.account, found.sccs) == (None, ("restricted-v2", "restricted", "nonroot-v2", "nonroot"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "account", "sccs"),
+    [(None, "default", ("restricted-v2",)), ("trainer", "trainer", ("restricted-v2", "anyuid"))],
+)
+def test_security_context_constraints_of_the_pods(
+    cluster: Callable[..., Cluster], asked: str | None, account: str, sccs: tuple[str, ...]
+) -> None:
+    """A pod has those of its service account, whatever its user may."""
+    accounts = {"default": {"restricted-v2"}, "trainer": {"restricted-v2", "anyuid"}}
+    found = probe(cluster(Answers(groups=("security.openshift.io",), accounts=accounts)), service_account=asked)
+    assert (found.account, found.sccs) == (account, sccs)
 
 
 # -- the namespace
@@ -464,6 +492,7 @@ def test_probe_of_a_context_prints_tables_and_a_target_that_can_be_used(call: Ca
         },
         hidden={f"{SPACE}/limitranges"},
         denied={("create", "pods/exec")},
+        accounts={"default": {"restricted-v2", "anyuid"}},
     )
     with served(answers):
         config = kubeconfig(tmp_path, answers)
@@ -474,6 +503,7 @@ def test_probe_of_a_context_prints_tables_and_a_target_that_can_be_used(call: Ca
     assert f"cluster context kind@Lab.1/x ({answers.url}), namespace vision" in lines
     assert "distribution OpenShift" in lines
     assert "rights 1 are missing" in lines
+    assert "SCCs restricted-v2, anyuid (of service account default)" in lines
     assert "hidden from you limitranges" in lines
     assert "2 2 A100 NVIDIA-A100-SXM4-80GB nvidia.com/gpu 8 13 31850m 124.0 GiB" in lines
     assert "create pods/exec cvlaunch exec, and results in a volume (pvc://)" in lines
@@ -494,6 +524,17 @@ def test_what_the_written_target_lacks_is_told(call: Call, tmp_path: Path) -> No
     with served(Answers()) as answers:
         code, _, err = call("targets", "probe", "lab", "--kubeconfig", kubeconfig(tmp_path, answers), "--write")
     assert (code, err.endswith("targets.yaml; it still lacks `output`, the place of the results\n")) == (0, True), err
+
+
+def test_limits_that_a_run_would_be_given_are_told(call: Call, tmp_path: Path) -> None:
+    given = {"type": "Container", "default": {"cpu": "500m", "memory": "512Mi"}, "max": {"nvidia.com/gpu": "1"}}
+    lists = {f"{SPACE}/limitranges": [{"metadata": {"name": "usual"}, "spec": {"limits": [given]}}]}
+    with served(Answers(lists=lists)) as answers:
+        code, _, err = call("targets", "probe", "lab", "--kubeconfig", kubeconfig(tmp_path, answers))
+    assert code == 0
+    assert "LimitRange usual: runs, which have no limit of cores, get one of 500m here" in err
+    assert "LimitRange usual: runs without resources.memory get a limit of 512Mi here" in err
+    assert "nvidia" not in err
 
 
 def write_target(folder: Path, answers: Answers, **keys: str) -> None:

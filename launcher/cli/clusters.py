@@ -103,9 +103,8 @@ def probe(
         sagemaker.probe(name, target, write=write, out=out)
         return
     if found in _KUBERNETES:
-        target = kubernetes.target_of(selected) if selected else None
-        access = target.access if target else kubernetes.access(context, kubeconfig, namespace)
-        account = target.service_account if target else None
+        access = kubernetes.access_of(selected) if selected else kubernetes.access(context, kubeconfig, namespace)
+        account = kubernetes.target_of(selected).service_account if selected else None
         kubernetes.probe(name, access, service_account=account, write=write, out=out)
         return
     slurm.probe(name, selected, ssh=ssh, root=root, run_job=run_job, connect=connect, write=write, out=out)

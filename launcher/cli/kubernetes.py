@@ -14,9 +14,10 @@ from launcher.errors import SpecError, UnsupportedError
 if TYPE_CHECKING:
     from launcher.kube.access import Access
     from launcher.kube.probe import Node, Probe
+    from launcher.kube.target import KubernetesTarget
     from launcher.targets import Selected
 
-__all__ = ["access", "access_of", "login", "nothing_to_set_up", "policy_text", "probe"]
+__all__ = ["access", "access_of", "login", "nothing_to_set_up", "policy_text", "probe", "target_of"]
 
 _DEFAULT_NAME = "cluster"
 
@@ -30,6 +31,11 @@ def access(context: str | None, kubeconfig: str | None, namespace: str | None) -
 
 def access_of(selected: Selected) -> Access:
     """The way to a target's cluster. UnsupportedError for targets of other backends."""
+    return target_of(selected).access
+
+
+def target_of(selected: Selected) -> KubernetesTarget:
+    """UnsupportedError for targets of other backends."""
     from launcher.kube.target import KubernetesTarget
 
     target = selected.target
@@ -38,7 +44,7 @@ def access_of(selected: Selected) -> Access:
             f"the {selected.backend.name} backend has no cluster of Kubernetes; those of kubernetes and openshift have",
             key=selected.name,
         )
-    return target.access
+    return target
 
 
 def nothing_to_set_up(selected: Selected) -> UnsupportedError:
@@ -75,14 +81,14 @@ def policy_text(selected: Selected, *, user: str | None, group: str | None, serv
     return policy(cluster.namespace, subject)
 
 
-def probe(name: str | None, way: Access, *, write: bool, out: Out) -> None:
+def probe(name: str | None, way: Access, *, service_account: str | None = None, write: bool, out: Out) -> None:
     from launcher.kube.client import Cluster
     from launcher.kube.probe import as_target
     from launcher.kube.probe import probe as look_at
 
     cluster = Cluster(way, name or "")
     try:
-        found = look_at(cluster)
+        found = look_at(cluster, service_account=service_account)
     finally:
         cluster.close()
     keys = as_target(found, context=way.context, kubeconfig=way.kubeconfig)
@@ -126,6 +132,18 @@ def _show(found: Probe, name: str, out: Out) -> None:
     _section(out, _NODE_COLUMNS, list(_node_rows(found.nodes)))
     for columns, rows in _tables(found):
         _section(out, columns, rows)
+    for limit in found.limits:
+        if limit.kind == "Container" and limit.default and limit.resource in _UNLIMITED:
+            given = _UNLIMITED[limit.resource].format(default=limit.default)
+            out.warn(f"LimitRange {limit.name}: {given}")
+
+
+_UNLIMITED = {
+    "cpu": "runs, which have no limit of cores, get one of {default} here, and more resources.cpus are refused: write "
+    "a limit with the target's `overlay`",
+    "memory": "runs without resources.memory get a limit of {default} here, and need more: write resources.memory",
+}
+"""What a run's container has no limit of, always or without the key → what a default limit makes of it."""
 
 
 def _section(out: Out, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -143,9 +161,16 @@ def _facts(found: Probe) -> Iterator[tuple[str, str]]:
     if found.exists:
         yield "pod security", found.level or "the namespace enforces no level of its own"
     yield "rights", "all that cvlaunch uses" if not found.missing else f"{len(found.missing)} are missing"
-    yield "SCCs that you may use", ", ".join(found.sccs)
+    yield "SCCs", _sccs(found)
     yield "GPUs", _gpus(found)
     yield "hidden from you", ", ".join(found.hidden)
+
+
+def _sccs(found: Probe) -> str:
+    if not found.openshift:
+        return ""
+    whose = f"of service account {found.account}" if found.account else "of you, not of the pods' service account"
+    return f"{', '.join(found.sccs) or 'none'} ({whose})"
 
 
 def _gpus(found: Probe) -> str:

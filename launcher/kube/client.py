@@ -41,6 +41,7 @@ _RESOURCES: Mapping[str, tuple[str, bool]] = {
     "events": ("v1", True),
     "jobs": ("batch/v1", True),
     "limitranges": ("v1", True),
+    "localsubjectaccessreviews": ("authorization.k8s.io/v1", True),
     "localqueues": ("kueue.x-k8s.io/v1beta2", True),
     "namespaces": ("v1", False),
     "nodes": ("v1", False),
@@ -200,19 +201,35 @@ class Cluster:
             raise self._refused(answer)
         return answer
 
-    def allowed(self, verb: str, resource: str, *, name: str = "", sub: str = "", namespace: str | None = None) -> bool:
-        """Whether we may. name: of one object; all of them otherwise."""
+    def allowed(
+        self,
+        verb: str,
+        resource: str,
+        *,
+        name: str = "",
+        sub: str = "",
+        namespace: str | None = None,
+        service_account: str | None = None,
+    ) -> bool:
+        """Whether we may. name: of one object; all of them otherwise. namespace: where; None is ours for what lives in
+        namespaces. service_account: of our namespace, asked for in our place; AuthError for who may not ask."""
         api, namespaced = _RESOURCES[resource]
         asked = {"verb": verb, "resource": resource, "group": api.rpartition("/")[0], "subresource": sub, "name": name}
-        if namespaced:
+        if namespaced or namespace is not None:
             asked["namespace"] = self.namespace if namespace is None else namespace
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
-        found = self._ask(_Request("POST", self.path("selfsubjectaccessreviews"), body=body)) or {}
+        kind, spec = "SelfSubjectAccessReview", {"resourceAttributes": asked}
+        if service_account is not None:
+            kind, spec = "LocalSubjectAccessReview", {"resourceAttributes": asked, **self._identity(service_account)}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": spec}
+        if service_account is not None:
+            body["metadata"] = {"namespace": asked["namespace"]}
+        found = self._ask(_Request("POST", self.path(f"{kind.lower()}s"), body=body)) or {}
         return bool(found.get("status", {}).get("allowed"))
+
+    def _identity(self, service_account: str) -> Json:
+        """What its token says (https://kubernetes.io/docs/reference/access-authn-authz/service-accounts-admin/)."""
+        groups = ["system:serviceaccounts", f"system:serviceaccounts:{self.namespace}", "system:authenticated"]
+        return {"user": f"system:serviceaccount:{self.namespace}:{service_account}", "groups": groups}
 
     def has_api(self, group_version: str) -> bool:
         return self.get(_root(group_version)) is not None

@@ -186,7 +186,8 @@ class Claim:
 class Probe:
     """user: None where the cluster doesn't say. level: of Pod Security, enforced in the namespace; None: it has none.
 
-    hidden: resources that the user may not list. sccs: OpenShift's, that the user may use.
+    hidden: resources that the user may not list. sccs: OpenShift's that pods of `account` may use; those that the user
+    may, where only that can be asked and `account` is None.
     """
 
     where: str
@@ -205,6 +206,7 @@ class Probe:
     storage_classes: tuple[StorageClass, ...] = ()
     claims: tuple[Claim, ...] = ()
     sccs: tuple[str, ...] = ()
+    account: str | None = None
     hidden: tuple[str, ...] = ()
 
     @property
@@ -216,8 +218,11 @@ class Probe:
         return self.distribution == "OpenShift"
 
 
-def probe(cluster: Cluster) -> Probe:
-    """What its user can see. AuthError without an identity, UnreachableError without an answer."""
+def probe(cluster: Cluster, *, service_account: str | None = None) -> Probe:
+    """What its user can see. AuthError without an identity, UnreachableError without an answer.
+
+    service_account: of the pods; None is `default`.
+    """
     groups = _groups(cluster)
     rights = tuple(_rights(cluster, groups))
     look = _Look(cluster)
@@ -225,6 +230,7 @@ def probe(cluster: Cluster) -> Probe:
     nodes = look.list("nodes")
     kueue = "kueue.x-k8s.io" in groups
     exists, level = _namespace(cluster, look)
+    account, sccs = _sccs(cluster, service_account or "default") if "security.openshift.io" in groups else (None, ())
     return Probe(
         where=cluster.where,
         version=version,
@@ -241,7 +247,8 @@ def probe(cluster: Cluster) -> Probe:
         priorities=tuple(_priorities(look, kueue=kueue)),
         storage_classes=tuple(map(_storage_class, look.list("storageclasses"))),
         claims=tuple(map(_claim, look.list("persistentvolumeclaims"))),
-        sccs=tuple(_sccs(cluster) if "security.openshift.io" in groups else ()),
+        sccs=sccs,
+        account=account,
         hidden=tuple(look.hidden),
     )
 
@@ -316,8 +323,17 @@ def _distribution(version: str, groups: frozenset[str], nodes: Sequence[Json]) -
     return signs[0] if signs else "Kubernetes"
 
 
-def _sccs(cluster: Cluster) -> list[str]:
-    return [name for name in _SCCS if cluster.allowed("use", "securitycontextconstraints", name=name)]
+def _sccs(cluster: Cluster, account: str) -> tuple[str | None, tuple[str, ...]]:
+    """(the service account, what its pods may use), or (None, what we may) for who may not ask about others."""
+
+    def usable(name: str, by: str | None) -> bool:
+        resource, space = "securitycontextconstraints", cluster.namespace
+        return cluster.allowed("use", resource, name=name, namespace=space, service_account=by)
+
+    try:
+        return account, tuple(name for name in _SCCS if usable(name, account))
+    except AuthError:
+        return None, tuple(name for name in _SCCS if usable(name, None))
 
 
 # ---- GPUs

@@ -30,7 +30,7 @@ _REFUSALS: tuple[tuple[str, str, type[CvlaunchError], str, str], ...] = (
      "change what it objects to; the target's `overlay` can add what the cluster wants"),
     (r"403", r"security context constraint", SpecError, "",
      "change what it objects to (with `backend: openshift` the project chooses user and group), or use a service "
-     "account that may do so"),
+     "account that may do so (`oc adm policy add-scc-to-user SCC -z ACCOUNT`)"),
     (r"403", r"violates PodSecurity", SpecError, "",
      "change what it objects to, or use a namespace where it may be so"),
     (r"403", r"because it is being terminated", SpecError, "namespace", "use another one, or make it anew"),

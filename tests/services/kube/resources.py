@@ -80,6 +80,15 @@ RESOURCES = (
         stored=False,
     ),
     Resource(
+        "localsubjectaccessreviews",
+        "LocalSubjectAccessReview",
+        "authorization.k8s.io",
+        ("v1",),
+        True,
+        f"{_AUTHORIZATION}.LocalSubjectAccessReview",
+        stored=False,
+    ),
+    Resource(
         "selfsubjectrulesreviews",
         "SelfSubjectRulesReview",
         "authorization.k8s.io",

@@ -87,7 +87,8 @@ class Instance:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
     def _resources(self) -> Json:
-        hosts, kind = [f"algo-{number}" for number in range(1, self.place.count + 1)], self.job.instance.type
+        hosts = sorted(f"algo-{number}" for number in range(1, self.place.count + 1))  # algo-10 before algo-2
+        kind = self.job.instance.type
         return {
             "current_host": f"algo-{self.place.number}",
             "current_instance_type": kind,

@@ -325,6 +325,11 @@ def quota(resource: str, most: str) -> Prepare:
     return lambda cluster, namespace: cluster.create("ResourceQuota", namespace, hard)
 
 
+def limits(**default: str) -> Prepare:
+    limited = {"metadata": {"name": "usual"}, "spec": {"limits": [{"type": "Container", "default": default}]}}
+    return lambda cluster, namespace: cluster.create("LimitRange", namespace, limited)
+
+
 def restricted(cluster: KubeCluster, namespace: str) -> None:
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     cluster.put({**(cluster.get("Namespace", "", namespace) or {}), "metadata": {"name": namespace, "labels": label}})
@@ -353,6 +358,10 @@ REFUSED: dict[str, tuple[Prepare, Mapping[str, Any], Mapping[str, Any], type[Cvl
     "quota of secrets": (quota("secrets", "0"), {}, FROM_HERE, CapacityError, "exceeded quota: small, requested:"),
     "quota of cores": (quota("requests.cpu", "8"), {}, {}, SpecError,
                        "resources: context test ({url}), namespace {ns}: pods"),
+    "limit of cores": (limits(cpu="500m"), {}, resources(cpus=8), SpecError,
+                       "must be less than or equal to cpu limit of 500m: a LimitRange of the namespace has set that"),
+    "limit of memory": (limits(memory="512Mi"), {}, {}, SpecError,
+                        "must be less than or equal to memory limit of 512Mi: a LimitRange of the namespace has set"),
     "webhook of jobs": (denied("jobs"), {}, {}, SpecError, WEBHOOK),
     "webhook of jobs, 400": (denied("jobs", 400), {}, {}, SpecError, WEBHOOK),
     "webhook of pods": (denied("pods"), {}, {}, SpecError, WEBHOOK),

@@ -53,6 +53,9 @@ _REFUSALS: tuple[tuple[str, str, type[CvlaunchError], str, str], ...] = (
     (r"409", r"", ConflictError, "", "it has changed since it was read: try again"),
     (r"422", r"rejected our request due to an error|test operation|testing (value|path)", ConflictError, "",
      "it has changed since it was read: try again"),
+    (r"422", r"must be less than or equal to (cpu|memory) limit", SpecError, "resources",
+     "a LimitRange of the namespace has set that limit: write `resources.memory`, or ask for less; a limit of cores "
+     "comes by the target's `overlay`"),
     (r"410|408|429|5..", r"", UnreachableError, "", "try again"),
     (r"3..", r"", SpecError, "kubeconfig", "the server's URL is not that of a cluster's API: correct it"),
     (r"400|422", r"", SpecError, "", "correct what it names (`cvlaunch render` shows what is sent)"),

@@ -113,6 +113,7 @@ class Api:
         if resource.namespaced and resource.name != "events":
             if resource.name == "pods":
                 obj = admit_pod(self.store, obj)
+                self._complete(resource, obj, None)  # a LimitRange may have made it wrong
             check_count_quota(self.store, resource.name, obj)
         return obj
 

@@ -58,5 +58,5 @@ def test_an_image_whose_user_is_not_root_is_told_so(aws: AwsCloud, someone_s: st
     run = submitted(world, tmp_path, "print('ran')")
     status = run.wait(timeout=world.patience)
     assert (status.state, status.exit_code) == (State.FAILED, 64)
-    said = "\n".join(line for lines in aws.lines(run.handle.native if run.handle else "").values() for line in lines)
+    said = text_of(run)
     assert "uid 1000 can't write to /opt/ml" in said and "`USER 0`" in said and "\nran" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import gc
 import http.server
@@ -32,6 +33,7 @@ from launcher.errors import (
     UnsupportedError,
 )
 from launcher.kube.client import Access, Cluster, CutError, Json
+from tests.services.kube import KubeCluster
 
 TOKEN = "sekret-token"
 
@@ -504,6 +506,8 @@ BAD_FILES: list[tuple[str | None, dict[str, str], str]] = [
     (GOOD.replace("server: http://127.0.0.1:1", "x: y"), {}, r"cluster without `server`"),
     (GOOD.replace("name: c\n", "name: d\n"), {}, r"can't be used: .*name c"),
     (GOOD.replace("server: http:", "certificate-authority: /nope.pem\n    server: https:"), {}, r"/nope.pem"),
+    (GOOD.replace("token: sekret-token", "as-groups: [a]"), {}, r"user has as-groups without `as`: add it"),
+    (GOOD.replace("token: sekret-token", "as: a\n    as-user-extra: [b]"), {}, r"kubeconfig can't be used: "),
     (GOOD.replace("server:", "proxy-url: socks5://ann:pw@127.0.0.1:1\n    server:"), {}, r"socks5://127.0.0.1 can't.*http://"),
 ]  # fmt: skip
 
@@ -543,6 +547,52 @@ def test_several_files_are_taken_together(tmp_path: Path, monkeypatch: pytest.Mo
     cluster.get(cluster.path("jobs", "r"))
     assert server.asked[0].headers["authorization"] == f"Bearer {TOKEN}"
     cluster.close()
+
+
+IN_PLACE_OF = {
+    "as": "ada",
+    "as-uid": "1000",
+    "as-groups": ["vision", "Forschung & Lehre", "équipe"],
+    "as-user-extra": {"example.com/project": ["one", "two"], "Scopes": ["all"]},
+}
+
+
+@pytest.mark.parametrize("plugged", [False, True])
+def test_who_asks_in_somebody_s_place(kube: KubeCluster, tmp_path: Path, plugged: bool) -> None:
+    """With a token, and with one of a plugin, which a kubeconfig may have beside `as`; websockets, too."""
+    text = yaml.safe_load(kube.kubeconfig.read_text())
+    chosen = "exec" if plugged else "token"
+    next(one for one in text["users"] if one["name"] == chosen)["user"].update(IN_PLACE_OF)
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(text))
+    namespace = kube.namespace()
+    access = Access(kubeconfig=str(path), context="exec" if plugged else "test", namespace=namespace)
+    with contextlib.closing(Cluster(access)) as cluster:
+        assert f"({kube.url}) as ada, namespace {namespace}" in cluster.where
+        kube.requests.clear()
+        list(cluster.list(cluster.path("pods")))
+        with pytest.raises(SpecError, match="not found"):
+            cluster.socket(cluster.path("pods", "none", "exec"), query=[], protocol="v4.channel.k8s.io")
+        for request in kube.requests:
+            assert sorted(request.impersonated) == [
+                ("impersonate-extra-example.com%2fproject", "one"),
+                ("impersonate-extra-example.com%2fproject", "two"),
+                ("impersonate-extra-scopes", "all"),
+                ("impersonate-group", "Forschung & Lehre"),
+                ("impersonate-group", "vision"),
+                ("impersonate-group", "équipe"),
+                ("impersonate-uid", "1000"),
+                ("impersonate-user", "ada"),
+            ]
+        assert len(kube.requests) == 2
+        kube.forbid("list", "pods")
+        with pytest.raises(AuthError, match='User "ada" cannot list resource "pods"'):
+            list(cluster.list(cluster.path("pods")))
+        for resource in ("users", "groups", "uids", "userextras/scopes"):
+            kube.allow()
+            kube.forbid("impersonate", resource)
+            with pytest.raises(AuthError, match=f'User "dev" cannot impersonate resource "{resource}"'):
+                list(cluster.list(cluster.path("pods")))
 
 
 PLUGIN = f"""#!{sys.executable}

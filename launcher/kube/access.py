@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from launcher.errors import AuthError, SpecError, UnsupportedError, nearest
@@ -51,7 +51,8 @@ class Access:
 class Loaded:
     """A configuration, read. what: for messages. login: how to get a new token. expires: of the token, Unix seconds.
 
-    settings: as the package `kubernetes` fills them in; only what is set is there.
+    impersonated: headers that name somebody in whose place we ask. settings: as the package `kubernetes` fills them in;
+    only what is set is there.
     """
 
     what: str
@@ -60,18 +61,20 @@ class Loaded:
     login: str
     expires: float = math.inf
     proxy: str | None = None
+    impersonated: Sequence[tuple[str, str]] = ()
 
     @property
     def server(self) -> str:
         return str(self.settings.host)
 
-    def headers(self) -> dict[str, str]:
-        """Who we are. A token in a file or of an identity provider is read anew when it is due."""
+    def headers(self) -> list[tuple[str, str]]:
+        """Who we are; a name may come several times. A token in a file or of an identity provider is read anew when it
+        is due."""
         with _login_errors(self.what):
             if renew := getattr(self.settings, "refresh_api_key_hook", None):
                 renew(self.settings)
         token = next(iter(self.settings.api_key.values()), None)  # its key has changed between versions
-        return {"Authorization": str(token)} if token else {}
+        return [*([("Authorization", str(token))] if token else []), *self.impersonated]
 
     def pool(self) -> urllib3.PoolManager:
         import urllib3
@@ -198,7 +201,9 @@ def _from_files(paths: Sequence[Path], access: Access) -> Loaded:
         context = contexts[name]
         cluster = _named(files, "clusters", "cluster").get(context.get("cluster", ""), {})
         user = _named(files, "users", "user").get(context.get("user", ""), {})
+        impersonated = list(_impersonated(user))
         what = f"context {name} ({cluster.get('server', 'without server')})"
+        what += f" as {user['as']}" if impersonated else ""
     login, expires = "log in again, or renew the token in the kubeconfig", math.inf
     if (plugin := user.get("exec")) and not user.keys() & {"token", "tokenFile"}:
         credential = _run_plugin(plugin, cluster, what=what, folder=_folder_of(merger, context.get("user")))
@@ -217,7 +222,29 @@ def _from_files(paths: Sequence[Path], access: Access) -> Loaded:
             raise SpecError(f"context {name!r} has a cluster without `server`: add it", key="kubeconfig")
         proxy = cluster.get("proxy-url") or _proxy_for(settings.host)
         namespace = context.get("namespace") or "default"
-    return Loaded(what, namespace, settings, login, expires, _checked_proxy(proxy))
+    return Loaded(what, namespace, settings, login, expires, _checked_proxy(proxy), impersonated)
+
+
+def _impersonated(user: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Headers for `as`, `as-uid`, `as-groups` and `as-user-extra`, of which the package knows nothing.
+
+    https://kubernetes.io/docs/reference/access-authn-authz/authentication/#user-impersonation
+    """
+    name, more = user.get("as"), sorted({"as-uid", "as-groups", "as-user-extra"} & {k for k, v in user.items() if v})
+    if not name:
+        if more:
+            raise SpecError(f"the kubeconfig's user has {more[0]} without `as`: add it", key="kubeconfig")
+        return
+    yield "Impersonate-User", str(name)
+    if uid := user.get("as-uid"):
+        yield "Impersonate-Uid", str(uid)
+    yield from (("Impersonate-Group", str(group)) for group in user.get("as-groups") or ())
+    for key, values in (user.get("as-user-extra") or {}).items():
+        yield from ((f"Impersonate-Extra-{quote(key, safe=_OF_NAMES)}", str(value)) for value in values)
+
+
+_OF_NAMES = "!#$&'*+^`|"
+"""What a header's name may have beside letters, digits and `_.-~` (RFC 9110, 5.6.2); `%` stands for all others."""
 
 
 @contextlib.contextmanager

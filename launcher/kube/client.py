@@ -290,6 +290,9 @@ class Cluster:
 
         import urllib3
 
+        headers = urllib3.HTTPHeaderDict(request.headers)
+        for name, value in loaded.headers():
+            headers.add(name, value.encode().decode("latin-1"))
         with self._lock:
             self._calls += 1
         with self._transport():
@@ -297,7 +300,7 @@ class Cluster:
                 request.method,
                 f"{loaded.server}{request.path}{'?' if request.query else ''}{urlencode(request.query)}",
                 body=request.content,
-                headers={**request.headers, **loaded.headers()},
+                headers=headers,
                 preload_content=not request.stream,
                 redirect=False,
                 retries=False,
@@ -360,7 +363,7 @@ class Cluster:
         try:
             connect(
                 url._replace(query=urlencode(query)).geturl(),
-                header=[f"{key}: {value}" for key, value in loaded.headers().items()],
+                header=[f"{key}: {value}" for key, value in loaded.headers()],
                 subprotocols=protocol.split(","),
                 timeout=_CONNECT_S,
                 **loaded.proxy_options(),

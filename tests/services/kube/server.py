@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -48,11 +49,12 @@ _MESSAGES = {
 
 @dataclass(frozen=True)
 class Request:
-    """One that the server got. path: without its query."""
+    """One that the server got. path: without its query. impersonated: headers `Impersonate-…`, in lower case."""
 
     method: str
     path: str
     query: Mapping[str, str]
+    impersonated: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -154,7 +156,8 @@ class Server:
     # -- a request ----------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self._settings.requests.append(Request(request.method, request.path, dict(request.query)))
+        others = tuple((k.lower(), v) for k, v in request.headers.items() if k.lower().startswith("impersonate-"))
+        self._settings.requests.append(Request(request.method, request.path, dict(request.query), others))
         fault = next((f for f in self._settings.faults if f.meets(request)), None)
         if fault:
             fault.use()
@@ -187,6 +190,7 @@ class Server:
         if path in ("/healthz", "/readyz", "/livez"):
             return web.Response(text="ok")
         self._authenticate(request)
+        user = self._impersonated(request)
         found = self._discovery(path)
         if found is not None:
             return _json(200, found)
@@ -194,13 +198,30 @@ class Server:
         if target is None:
             return web.Response(status=404, text="404 page not found\n")
         verb = self._verb(request, target)
-        self._authorize(target, verb)
+        self._authorize(target, verb, user)
         return await self._do(request, target, verb)
 
     def _authenticate(self, request: web.Request) -> None:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         if kind != "Bearer" or token not in self._settings.tokens:
             raise ApiError(401, "Unauthorized", "Unauthorized")
+
+    def _impersonated(self, request: web.Request) -> str:
+        """Whom the request is for. The user needs the right for each user, group, uid and kind of extra."""
+        own, user = self._settings.user, self._settings.user
+        for name, value in request.headers.items():
+            kind = name.lower().removeprefix("impersonate-")
+            if kind == name.lower():
+                continue
+            user = value if kind == "user" else user
+            resource, _, key = kind.partition("-") if kind.startswith("extra-") else (f"{kind}s", "", "")
+            what = f"userextras/{unquote(key)}" if key else resource
+            if not self.allowed("impersonate", what, ""):
+                group = "" if kind in ("user", "group") else "authentication.k8s.io"
+                why = f'User "{own}" cannot impersonate resource "{what}" in API group "{group}" at the cluster scope'
+                message = f'{what} "{value}" is forbidden: {why}'
+                raise ApiError(403, "Forbidden", message, {"name": value, "group": group, "kind": what})
+        return user
 
     def _target(self, path: str) -> Target | None:
         parts = path.split("/")[1:]
@@ -239,14 +260,13 @@ class Server:
             for rule in self._settings.forbidden
         )
 
-    def _authorize(self, target: Target, verb: str) -> None:
+    def _authorize(self, target: Target, verb: str, user: str) -> None:
         resource = target.resource
         verb = "get" if target.sub in ("exec", "portforward") and verb == "get" else verb
         what = f"{resource.name}/{target.sub}" if target.sub else resource.name
         if resource.name.startswith("self") or self.allowed(verb, what, target.namespace):
             return
         where = f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
-        user = self._settings.user
         why = f'User "{user}" cannot {verb} resource "{what}" in API group "{resource.group}" {where}'
         raise forbidden(resource, target.name, why)
 

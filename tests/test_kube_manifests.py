@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,26 @@ def test_folders_between_volumes_belong_to_the_runner() -> None:
     assert mounts["/opt/ml/input/data/near"] == ("claim-data", "near shapes")
     staged = [path for path in mounts if path.startswith("/opt/ml/input/data/") and not path.endswith("/near")]
     assert staged and all(mounts[path][0] == "claim-runs" for path in staged)
+
+
+def test_claims_of_similar_names_are_volumes_of_their_own() -> None:
+    """Names of claims have dots and 253 characters, those of volumes don't."""
+    claims = ["a.b", "a-b", "a" * 60 + "-1", "a" * 60 + "-2", "b" * 57]
+    backend = backend_for("plain", {"output": "pvc://a-b/runs"})
+    job = fixed_job("command", backend.target, "there", "pvc://a-b/runs")
+    channels = tuple(Channel(f"c{at}", f"pvc://{claim}", "mounted") for at, claim in enumerate(claims))
+    job = dataclasses.replace(job, channels=channels, image=Image("x"))
+    made, container = parts(make_plan(job, backend, "a-0", template=load_template(KubernetesBackend)).text)
+    volumes = {
+        volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+        for volume in made["spec"]["template"]["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert sorted(volumes.values()) == sorted(claims)
+    assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in volumes)
+    assert {volumes["claim-a-b"], volumes[f"claim-{'b' * 57}"]} == {"a-b", "b" * 57}
+    mounts = {one["mountPath"].rpartition("/")[2]: volumes.get(one["name"]) for one in container["volumeMounts"]}
+    assert [mounts[channel.name] for channel in channels] == claims
 
 
 def test_a_rendering_without_a_target_names_what_is_missing(tmp_path: Path) -> None:

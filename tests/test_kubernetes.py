@@ -918,6 +918,11 @@ def test_several_nodes_that_a_colleague_applied(site: Site, monkeypatch: pytest.
     assert holds(list(yaml.safe_load_all(run.record.plan["text"])), list(yaml.safe_load_all(text)))
     assert run.status().state in (State.QUEUED, State.STARTING)
     assert attach("by-hand-2", target="there").id == run.id
+    assert site.left()["services"] == ["by-hand-2"]
+    run.cancel()
+    end_of(run)
+    run.remove(remote=True)
+    until(lambda: site.left() == {})
 
 
 def test_a_foreign_image_that_a_colleague_applied(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -488,7 +488,18 @@ class KubernetesBackend:
         return exec_in(self._cluster, pod["metadata"]["name"], CONTAINER, command, tty=tty)
 
     def remove(self, handle: Handle) -> None:
+        job = self._job(handle.native)
         self._cluster.delete(self._job_path(handle.native))
+        if job is None or job["spec"].get("completionMode") == "Indexed":
+            self._remove_service(handle.native)
+
+    def _remove_service(self, run_id: str) -> None:
+        """One that was applied by hand belongs to no Job, and would stay."""
+        path = self._cluster.path("services", run_id)
+        with contextlib.suppress(AuthError):
+            service = self._cluster.get(path)
+            if service and words.labels_of(service).get(words.RUN_ID) == run_id:
+                self._cluster.delete(path)
 
     def store(self, uri: str) -> Store | None:
         if scheme(uri) != "pvc":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,7 @@ _PORT = 29500
 
 _LONGEST_JOB = 200_000
 """Bytes of job.json; the annotations of an object hold 256 KiB together."""
+_LONGEST_LABEL = 63
 _LEAST_MEMORY = 512 << 20
 """Bytes that Python and torch need besides shared memory."""
 _USUAL_MEMORY = 2 << 30
@@ -269,5 +271,8 @@ def places(job: Job) -> list[str]:
 
 
 def _volume(claim: str) -> str:
-    """Names of volumes are labels: no dots, 63 characters."""
-    return f"claim-{claim.replace('.', '-')}"[:63].rstrip("-")
+    """Names of volumes are labels: no dots, 63 characters. What that takes away is told apart by a hash."""
+    name = f"claim-{claim.replace('.', '-')}"
+    if name == f"claim-{claim}" and len(name) <= _LONGEST_LABEL:
+        return name
+    return f"{name[: _LONGEST_LABEL - 9].rstrip('-')}-{hashlib.sha256(claim.encode()).hexdigest()[:8]}"

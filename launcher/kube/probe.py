@@ -62,7 +62,8 @@ ROLE: Sequence[Need] = (
     Need("kueue.x-k8s.io", ("workloads",), ("list",), "why a run waits in a queue of Kueue"),
     Need("kueue.x-k8s.io", ("localqueues",), ("list",), "cvlaunch targets probe"),
     Need("", ("resourcequotas", "limitranges"), ("list",), "cvlaunch targets probe"),
-    Need("apps", ("deployments", "statefulsets"), (*_READ, "patch"), "cvlaunch shm"),
+    Need("apps", ("deployments", "statefulsets", "daemonsets", "replicasets"), (*_READ, "patch"), "cvlaunch shm"),
+    Need("batch", ("cronjobs",), (*_READ, "patch"), "cvlaunch shm"),
     Need("kubeflow.org", ("notebooks",), (*_READ, "patch"), "cvlaunch shm"),
 )
 """The least that a user needs, in one namespace; nothing of the whole cluster."""

@@ -5,7 +5,8 @@ Center.
 As the real one: requests are held to botocore's model (unknown members too, maxima, patterns, words) and to what the
 manual says of fields together; names are taken once; roles, buckets, images, data, quotas and capacity are asked for;
 jobs pass through their states, run the image with podman under SageMaker's rules, get their data from S3 and leave
-their results there, checkpoints all the time; spot machines are taken away; logs come as streams appear, in pages that
+their results there, checkpoints all the time, with the agent's markers beside them; /opt/ml is root's, and no variable
+names the region; spot machines are taken away; logs come as streams appear, in pages that
 end early; a bucket of another region is a redirection; keys expire.
 
 Otherwise than the real one: policies are nobody's, and any key will do that was not refused by name; the network is

@@ -283,6 +283,9 @@ class _Supervision:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first one counts. It wakes the loop, which passes it on."""
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self._events.put(None)
@@ -355,6 +358,8 @@ class _Supervision:
             return Ended(contract.EXIT_BAD_CONFIG, reason)
         threading.Thread(target=self._wait, args=(self._attempt,), daemon=True).start()
         self._record("running" if self._attempt.started else "starting")
+        if self._folder.cancelled:  # before there was a record by which we can be told
+            self._ask_to_stop()
         return self._follow(self._attempt)
 
     def _wait(self, attempt: Attempt) -> None:

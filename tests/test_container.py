@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets as random_source
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -320,6 +321,21 @@ def test_a_cancellation_counts_at_any_moment_of_the_start(
     assert run.wait(timeout=240).state is State.CANCELLED
     until(lambda: not record_of(run).supervisor.alive, world)
     assert podman("ps", "--all", "--quiet", "--filter", f"label=cvlaunch.run={run.id}") == ""
+
+
+def test_a_cancellation_counts_where_the_engine_is_slow(
+    foreign: Callable[..., Run], world: ContainerWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor is asked before it can say who it is; a foreign image reads no mark."""
+    slow = tmp_path / "bin" / "podman"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n[ "$1" = info ] && sleep 8\nexec {shutil.which("podman")} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    run = foreign("sleep 600", resources={"grace": "1s"})
+    run.cancel()
+    assert run.wait(timeout=240).state is State.CANCELLED
+    until(lambda: not record_of(run).supervisor.alive, world)
 
 
 # -- what can't be started

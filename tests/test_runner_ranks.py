@@ -15,7 +15,8 @@ from launcher.errors import SpecError, UnreachableError
 from launcher.paths import trainer_folder
 from launcher.runner.command import build_command
 from launcher.runner.ranks import Ranks, find_ranks, first_host, wait_for_master
-from tests.runner_world import RunnerWorld, python, until
+from tests.runner_world import RunnerWorld, Running, python, until
+from tests.services.ports import free_port
 
 VERTEX = {
     "cluster": {
@@ -244,6 +245,40 @@ def test_time_that_ends_while_a_pod_waits_for_the_first(world: RunnerWorld) -> N
     assert ended.code == 1 and "waiting for node 0" in ended.output and "it ran" not in ended.output
     assert (second_node(world)["state"], second_node(world)["reason"]) == ("TIMED_OUT", "the timeout of 3s is used up")
     assert json.loads(world.read("nodes/1/heartbeat"))["elapsed_s"] >= 3
+
+
+STEPS_TOGETHER = """
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+attempt = torch.tensor([int(os.environ["CVLAUNCH_ATTEMPT"])])
+dist.all_reduce(attempt, dist.ReduceOp.MAX)
+while attempt.item() < 2:  # of all nodes
+    print("a step", flush=True)
+    time.sleep(0.05)
+    dist.all_reduce(attempt, dist.ReduceOp.MAX)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_command_of_two_nodes_of_which_one_is_taken_away(tmp_path: Path, taken: int) -> None:
+    """The other's fails with it, by its connection and at once, and its next try waits for the node to come back."""
+    where = {"CVLAUNCH_NODES": "2", "CVLAUNCH_MASTER": f"127.0.0.1:{free_port()}", "GLOO_SOCKET_IFNAME": "lo"}
+    worlds = [RunnerWorld(tmp_path, in_place=False, name=str(node)) for node in (0, 1)]
+    job = worlds[0].job(python(STEPS_TOGETHER), nodes=2, retries=1)
+
+    def start(node: int, attempt: int) -> Running:
+        pod = {"JOB_COMPLETION_INDEX": str(node), "CVLAUNCH_ATTEMPT": str(attempt), "CVLAUNCH_TERMINATION": "/dev/null"}
+        return worlds[node].start(job, env={**where, **pod})
+
+    nodes = [start(node, 1) for node in (0, 1)]
+    for node in nodes:
+        node.printed("a step")
+    assert nodes[taken].signal().end().code == 75
+    survivor = nodes[1 - taken].printed("restart 1 of 1")
+    assert start(taken, 2).end().code == 0
+    assert survivor.end().code == 0
 
 
 def test_other_commands_see_no_ranks(world: RunnerWorld) -> None:

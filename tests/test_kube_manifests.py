@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"queue": "vision", "queue_priority": "urgent", "priority_class": "batch", "labels": {"team": "vision"}},
         {**GPUS, "max_wait": 3600.0},
     ),
-    "nodes": ({"interface": "eth0", "annotations": {"sidecar.istio.io/inject": "false"}}, {**GPUS, "nodes": 2}),
+    "nodes": ({"interface": "eth0", "labels": {"sidecar.istio.io/inject": "false"}}, {**GPUS, "nodes": 2}),
     "pvc": ({"output": "pvc://runs"}, {**GPUS, "near": True}),
     "mig": ({"gpu_resource": "nvidia.com/mig-1g.10gb"}, {"gpus": 1}),
     "foreign": ({}, {**GPUS, "foreign": True}),

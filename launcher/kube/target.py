@@ -56,8 +56,8 @@ class KubernetesTarget(BaseTarget):
     queue: str | None = Field(None, description="LocalQueue of Kueue")
     queue_priority: str | None = Field(None, description="WorkloadPriorityClass of Kueue")
     priority_class: str | None = Field(None, description="PriorityClass of the pods")
-    labels: dict[str, str] = Field({}, description="further labels of Job and pods")
-    annotations: dict[str, str] = Field({}, description="further annotations of the pods: sidecar.istio.io/inject")
+    labels: dict[str, str] = Field({}, description="further labels of Job and pods: sidecar.istio.io/inject")
+    annotations: dict[str, str] = Field({}, description="further annotations of the pods: linkerd.io/inject")
     interface: str | None = Field(None, description="network between nodes: eth0; none: NCCL and gloo choose")
     pull_patience: Duration = Field(
         600.0, description="how long an image or a container may fail to come until the run is ended: 10m"

@@ -1153,7 +1153,7 @@ while not pathlib.Path("/tmp/end").exists():
 def meshed(live: Site, base_image: str) -> Site:
     """A mesh's sidecar comes before each pod's own container, and its name before the container's."""
     live.cluster.serve_image(PROXY, image=base_image)
-    live.cluster.inject("istio-proxy", image=PROXY, command=["bash", "-c", SPEAKS])
+    live.cluster.inject("istio-proxy", image=PROXY, args=["bash", "-c", SPEAKS])
     return live
 
 

@@ -740,7 +740,7 @@ SIDECAR = ["bash", "-c", "trap 'exit 0' TERM; sleep infinity & wait"]
 def meshed(with_image: Claimed, base_image: str) -> Claimed:
     """A sidecar comes before each pod's own container, and its name before the container's."""
     with_image.kube.serve_image("registry.example.com/proxy:1", image=base_image)
-    with_image.kube.inject("istio-proxy", image="registry.example.com/proxy:1", command=SIDECAR)
+    with_image.kube.inject("istio-proxy", image="registry.example.com/proxy:1", args=SIDECAR)
     return with_image
 
 

@@ -339,12 +339,12 @@ class KubeCluster:
         """Kueue suspends Jobs that ask for no queue, too (manageJobsWithoutQueueName)."""
         self.api.manages_all = True
 
-    def inject(self, name: str, *, image: str, command: Sequence[str]) -> None:
+    def inject(self, name: str, *, image: str, args: Sequence[str]) -> None:
         """A service mesh puts this container before those of each new pod, unless a label
         `sidecar.istio.io/inject: "false"` keeps it out."""
         own = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True}
         own |= {"runAsUser": 1337, "seccompProfile": {"type": "RuntimeDefault"}}
-        sidecar = {"name": name, "image": image, "command": [*command], "securityContext": own}
+        sidecar = {"name": name, "image": image, "args": [*args], "securityContext": own}
         self.api.sidecars.append(sidecar)
 
     def deny(

@@ -14,7 +14,7 @@ import botocore
 import pytest
 
 from launcher.credentials import aws
-from launcher.credentials.partitions import DOMAINS, partition_of
+from launcher.credentials.partitions import ECR_HOST, partition_of
 from launcher.errors import CvlaunchError, UnreachableError
 from launcher.sagemaker.policy import ecr_image
 from launcher.stores import StorageOptions, open_store
@@ -37,7 +37,7 @@ def test_ecr_is_known_in_every_region(region: str, partition: dict[str, Any]) ->
     host = f"123456789012.dkr.ecr.{region}.{partition['outputs']['dnsSuffix']}"
     found = ecr_image(f"{host}/team/trainer:1")
     assert found is not None and (found.region, found.repository, found.tag) == (region, "team/trainer", "1")
-    assert re.fullmatch(rf"s3\.(?:{DOMAINS})", f"s3.{partition['outputs']['dnsSuffix']}")
+    assert re.fullmatch(ECR_HOST, host)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

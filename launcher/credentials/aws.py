@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.credentials.partitions import DOMAINS
+from launcher.credentials.partitions import ECR_HOST
 from launcher.errors import AuthError, SpecError, UnreachableError, UnsupportedError, nearest
 from launcher.secretfiles import require_private
 
@@ -38,9 +38,6 @@ __all__ = [
     "source_profile",
     "translated",
 ]
-
-_ECR = re.compile(rf"(\d{{12}})\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.(?:{DOMAINS})")
-"""https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
 
 _NATIVE = (
     "AWS_ACCESS_KEY_ID",
@@ -175,7 +172,7 @@ def s3_endpoint(profile: str | None = None, *, environ: Mapping[str, str] | None
 
 def ecr_login(host: str, profile: str | None = None) -> tuple[str, str] | None:
     """(user, password) of an ECR registry, good for 12 hours; None for another host. AuthError if AWS gives none."""
-    found = _ECR.fullmatch(host)
+    found = re.fullmatch(ECR_HOST, host)
     if found is None:
         return None
     account, region = found.groups()

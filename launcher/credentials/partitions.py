@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DOMAINS", "Partition", "partition_of"]
+__all__ = ["ECR_HOST", "Partition", "partition_of"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ _OTHERS: Mapping[str, Partition] = {
 }
 """Beginning of a region → its partition; all others are in `aws`."""
 
-DOMAINS = "|".join(re.escape(domain) for domain in dict.fromkeys(p.domain for p in (_USUAL, *_OTHERS.values())))
-"""Alternatives of a regular expression: every domain."""
+_DOMAINS = "|".join(re.escape(domain) for domain in dict.fromkeys(p.domain for p in (_USUAL, *_OTHERS.values())))
+ECR_HOST = rf"(?P<account>\d{{12}})\.dkr\.ecr(?:-fips)?\.(?P<region>[a-z0-9-]+)\.(?:{_DOMAINS})"
+"""A regular expression: https://docs.aws.amazon.com/AmazonECR/latest/userguide/Registries.html"""
 
 
 def partition_of(region: str) -> Partition:

@@ -61,6 +61,7 @@ _GREETING_S = 10.0
 _ADMITTED_S = 15.0
 """Kueue needs a second or so for a Job that it has room for."""
 _CPU, _MEMORY = "100m", "128Mi"
+_LEAVING = Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
 
 
 _WAYS_OUT: Sequence[tuple[str, type[CvlaunchError], str]] = (
@@ -224,21 +225,22 @@ class Helper:
     def connect(self) -> socket.socket:
         """A connection to serve.py, which has answered on it, in a pod that is made where there is none."""
         with self._lock:
-            end, mine = time.monotonic() + self._wait_s, set[str]()
+            began, mine = time.monotonic(), set[str]()
             for pause in _pauses():
-                pod, port = self._pod(end, mine)
+                pod, port = self._pod(began, mine)
                 try:
                     return _greeted(forward(self._cluster, pod, port))
                 except (SpecError, UnreachableError, OSError) as error:  # it begins or ends just now
-                    if time.monotonic() > end:
+                    if time.monotonic() - began > self._wait_s:
                         words = f"{self._what}: pod {pod}, which serves its files, does not answer ({error}): try again"
                         raise UnreachableError(words) from error
                 self._sleep(pause)
         raise AssertionError("pauses have no end")
 
-    def _pod(self, end: float, mine: set[str]) -> tuple[str, int]:
-        """Name and port of the one that serves. mine: uids of Jobs that were made for this connection."""
-        status = Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
+    def _pod(self, began: float, mine: set[str]) -> tuple[str, int]:
+        """Name and port of the one that serves. began: this connection, by the monotonic clock. mine: uids of Jobs that
+        were made for it."""
+        status = _LEAVING
         for pause in _pauses():
             job = self._job(mine)
             pods = self._pods(job) if job else []
@@ -247,7 +249,7 @@ class Helper:
             if job:
                 status = self._status(job, pods, mine)
             wait_s = self._patience_s(job)
-            if _is_final(status) or time.monotonic() > end - self._wait_s + wait_s:
+            if _is_final(status) or time.monotonic() - began > wait_s:
                 raise self._failure(status, pods, wait_s)
             self._sleep(pause)
         raise AssertionError("pauses have no end")
@@ -260,7 +262,7 @@ class Helper:
             return ended
         if ended:
             self._cluster.delete(self._path)
-            return Status(State.UNKNOWN, "gone", reason="the one before has not gone yet")
+            return _LEAVING
         if job["spec"].get("suspend"):
             self._choose_queue(job)
             return status_of(Seen(job, queue=queue_words(self._cluster).get(job["metadata"]["uid"], "")), now=0.0)

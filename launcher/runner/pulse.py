@@ -17,7 +17,7 @@ __all__ = ["Pulse", "Rhythm", "read_heartbeat"]
 
 _WATCH_FRESH_S = 60.0
 _LAST_TICK_S = 5.0
-"""How long the end waits for a look that is under way."""
+"""How long the end waits for the thread."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Pulse:
         self._thread.start()
 
     def end(self) -> None:
-        """No beat of the thread's comes after this, so that the next one is the last."""
+        """Waits for a look that is under way, if the store does not hold it up for long: the next beat is the last."""
         self._end.set()
         if self._thread.ident:
             self._thread.join(_LAST_TICK_S)

@@ -37,7 +37,7 @@ def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:
         return Layout(_in_place_root(job, environ)), ""
     wanted = Path(environ.get("CVLAUNCH_ROOT") or DEFAULT_ROOT)
     if "platform" in job.movers.values():
-        _check_platform_s(wanted)
+        _check_taken_folders(wanted)
     if writable(wanted):
         return Layout(wanted), ""
     instead = Path(environ.get("TMPDIR") or "/tmp") / "cvlaunch" / job.run_id  # noqa: S108 - named in the contract
@@ -46,7 +46,7 @@ def choose_root(job: JobFile, environ: Mapping[str, str]) -> tuple[Layout, str]:
     raise SpecError(f"neither {wanted} nor {instead} can be written by uid {os.getuid()}; set CVLAUNCH_ROOT")
 
 
-def _check_platform_s(root: Path) -> None:
+def _check_taken_folders(root: Path) -> None:
     """SpecError if a folder can't be written from which the platform takes results: it looks nowhere else."""
     folder = next((path for path in (root, *(root / name for name in OUTPUT_FOLDERS)) if not writable(path)), None)
     if folder:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.credentials.partitions import DOMAINS, partition_of
+from launcher.credentials.partitions import ECR_HOST, partition_of
 from launcher.errors import SpecError
 from launcher.sagemaker.client import LOG_GROUP, Json
 from launcher.sagemaker.target import SageMakerTarget
@@ -38,7 +38,7 @@ SERVICE = "sagemaker.amazonaws.com"
 _VERSION = "2012-10-17"
 _UNKNOWN_ROLE = "REPLACE-ME"
 _ECR = re.compile(
-    rf"(?P<account>\d{{12}})\.dkr\.ecr(?:-fips)?\.(?P<region>[a-z0-9-]+)\.(?:{DOMAINS})/"
+    rf"{ECR_HOST}/"
     r"(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _ROLE = re.compile(r"arn:(?P<partition>aws[a-z-]*):iam::(?P<account>\d{12}):role/(?:.+/)?(?P<name>[\w+=,.@-]+)")

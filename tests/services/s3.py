@@ -73,6 +73,7 @@ def moto_server() -> Iterator[S3Server]:
     finally:
         server.shutdown()
         thread.join()
+        server.server_close()
 
 
 @contextlib.contextmanager
